@@ -1,0 +1,6 @@
+"""How a projector is stored."""
+
+from galore_jax.codecs.base import Codec
+from galore_jax.codecs.dense import cast, identity
+
+__all__ = ["Codec", "cast", "identity"]

@@ -1,0 +1,18 @@
+"""How an orthonormal basis is found from a gradient."""
+
+from galore_jax.projectors.base import Projector
+from galore_jax.projectors.exact import gram_eigh, svd
+from galore_jax.projectors.operator import MatrixOperator, dense_operator
+from galore_jax.projectors.random import random_orthonormal
+from galore_jax.projectors.range_finder import randomized_svd, subspace_iteration
+
+__all__ = [
+    "MatrixOperator",
+    "Projector",
+    "dense_operator",
+    "gram_eigh",
+    "random_orthonormal",
+    "randomized_svd",
+    "subspace_iteration",
+    "svd",
+]

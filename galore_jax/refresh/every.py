@@ -1,0 +1,37 @@
+"""All matrices together, once per period."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from galore_jax.refresh.base import RefreshPolicy, check_gap
+
+
+@dataclasses.dataclass(frozen=True)
+class every(RefreshPolicy):
+    """Refreshes every matrix at counts 0, gap, 2·gap, … (the paper).
+
+    Args:
+      gap: Steps between two refreshes.
+
+    Raises:
+      ValueError: `gap` below one.
+      TypeError: `gap` is not an integer.
+
+    Example:
+      >>> import galore_jax as gj
+      >>> gj.galore_adamw(1e-2, update_proj_gap=gj.refresh.every(200)).init({})[0].config.refresh
+      every(gap=200)
+    """
+
+    gap: int
+
+    def __post_init__(self):
+        check_gap(self.gap)
+
+    def decide(self, count, slots, memory, refreshed):
+        del refreshed
+        due = count % self.gap == 0
+        return [slot and jnp.broadcast_to(due, slot.batch_shape) for slot in slots], memory

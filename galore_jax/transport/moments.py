@@ -1,0 +1,135 @@
+"""Which fields of which optimizer states are moments of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class _Fields(NamedTuple):
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+
+
+_REGISTRY: dict[type, _Fields] = {}
+
+
+def register_moment(
+    state_type: type, *, first: str | tuple[str, ...] = (), second: str | tuple[str, ...] = ()
+) -> None:
+    """Tells the transports which fields of a state are moments.
+
+    First moments are linear in the gradient (momentum), second moments are averages of squares of
+    its entries. optax's Adam, AMSGrad, AdaBelief, Lion, trace, EMA and RMS states are known.
+
+    Args:
+      state_type: A NamedTuple class; its moment fields have the structure of the parameters.
+      first: Names of the fields that hold first moments.
+      second: Names of the fields that hold second moments.
+
+    Raises:
+      TypeError: `state_type` is not a NamedTuple class.
+      ValueError: It has no such field.
+
+    Example:
+      >>> from typing import NamedTuple
+      >>> import optax, galore_jax as gj
+      >>> class MyState(NamedTuple):
+      ...     momentum: optax.Updates
+      >>> gj.transport.register_moment(MyState, first="momentum")
+    """
+    if not (isinstance(state_type, type) and hasattr(state_type, "_fields")):
+        raise TypeError(f"register_moment takes a NamedTuple class, got {state_type!r}.")
+    fields = _Fields(*((n,) if isinstance(n, str) else tuple(n) for n in (first, second)))
+    for name in fields.first + fields.second:
+        if name not in state_type._fields:
+            raise ValueError(f"{state_type.__name__} has no field {name!r}: {state_type._fields}.")
+    _REGISTRY[state_type] = fields
+
+
+register_moment(optax.ScaleByAdamState, first="mu", second="nu")
+register_moment(optax.ScaleByAmsgradState, first="mu", second=("nu", "nu_max"))
+register_moment(optax.ScaleByBeliefState, first="mu", second="nu")
+register_moment(optax.ScaleByLionState, first="mu")
+register_moment(optax.TraceState, first="trace")
+register_moment(optax.EmaState, first="ema")
+register_moment(optax.ScaleByRmsState, second="nu")
+register_moment(optax.ScaleByRStdDevState, first="mu", second="nu")
+register_moment(optax.ScaleByRssState, second="sum_of_squares")
+
+
+class Moments(NamedTuple):
+    """The moments that one optimizer state holds for one leaf, by field name."""
+
+    first: dict[str, jax.Array]
+    second: dict[str, jax.Array]
+    # Updates that went into them; None for states that do not count.
+    count: jax.Array | None
+
+
+def map_moments(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
+    """Applies `fn` to the moments of every leaf, in every registered state inside `state`.
+
+    Args:
+      state: Any nesting of tuples, NamedTuples, lists and dicts.
+      treedef: Structure of the parameters.
+      fn: Maps (leaf number, its moments) to new moments.
+
+    Returns:
+      The state with its moments replaced; everything else as it was.
+    """
+    if type(state) in _REGISTRY:
+        return _map_registered(state, treedef, fn)
+    if isinstance(state, dict):
+        return {key: map_moments(child, treedef, fn) for key, child in state.items()}
+    if isinstance(state, tuple | list):
+        children = [map_moments(child, treedef, fn) for child in state]
+        return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
+    return state
+
+
+def check_known(state: Any, treedef: Any) -> None:
+    """Raises if `state` keeps arrays outside its registered moments.
+
+    Raises:
+      TypeError: There is an array, other than a scalar, whose meaning nobody registered.
+    """
+
+    def blank(leaf: int, moments: Moments) -> Moments:
+        del leaf
+        return jax.tree.map(lambda _: jnp.zeros(()), moments)
+
+    unknown = [x for x in jax.tree.leaves(map_moments(state, treedef, blank)) if jnp.ndim(x) > 0]
+    if unknown:
+        raise TypeError(
+            "the inner transformation keeps arrays whose meaning is unknown (shapes "
+            f"{sorted({jnp.shape(x) for x in unknown})}), so this transport cannot carry them to a "
+            "new basis. Use transport.align(), which serves any inner transformation, or tell "
+            "transport.register_moment which fields are moments."
+        )
+
+
+def _map_registered(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
+    names = _REGISTRY[type(state)]
+    fields = {
+        name: treedef.flatten_up_to(getattr(state, name)) for name in names.first + names.second
+    }
+    for leaf in range(treedef.num_leaves):
+        here = {name: leaves[leaf] for name, leaves in fields.items()}
+        if any(isinstance(moment, optax.MaskedNode) for moment in here.values()):
+            continue  # optax.masked: this leaf has no state here
+        moments = fn(
+            leaf,
+            Moments(
+                {name: here[name] for name in names.first},
+                {name: here[name] for name in names.second},
+                getattr(state, "count", None),
+            ),
+        )
+        for name, moment in {**moments.first, **moments.second}.items():
+            fields[name][leaf] = moment
+    return state._replace(**{name: treedef.unflatten(leaves) for name, leaves in fields.items()})

@@ -1,0 +1,76 @@
+"""What counts as one leaf of a parameter or gradient tree, and its path."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProjectedGradient:
+    """A gradient that is already projected, together with the basis it was taken in.
+
+    Stands for the leaf gradient ``value @ basisᵀ`` in a gradient tree; the lens takes it as one
+    leaf and skips its own refresh and projection. ``update`` then needs ``params``, because the
+    leaf's full shape is not written here.
+
+    Args:
+      value: ``[*batch, kept, rank]``, the projected gradient R = G·P.
+      basis: ``[*batch, projected, rank]``, orthonormal columns P.
+
+    Example:
+      >>> import jax.numpy as jnp, galore_jax as gj
+      >>> gradient, basis = jnp.ones((6, 4)), jnp.eye(4, 2)   # [kept, projected], P
+      >>> gj.ProjectedGradient(gradient @ basis, basis).value.shape
+      (6, 2)
+    """
+
+    value: jax.Array
+    basis: jax.Array
+
+
+def is_box(node: Any) -> bool:
+    """Whether `node` is a Flax metadata box (linen `Partitioned`, an NNX `Variable`)."""
+    # Looked up, not imported: without Flax in the process there can be no boxes.
+    meta, nnx = sys.modules.get("flax.core.meta"), sys.modules.get("flax.nnx")
+    return (meta is not None and isinstance(node, meta.AxisMetadata)) or (
+        nnx is not None and isinstance(node, nnx.Variable)
+    )
+
+
+def is_leaf(node: Any) -> bool:
+    """Nodes that JAX would descend into and that are one leaf to us."""
+    return isinstance(node, ProjectedGradient) or is_box(node)
+
+
+def flatten_leaves(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves with their boxes taken off, and the structure without boxes."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+    return [_unbox(leaf) for leaf in leaves], treedef
+
+
+def rebox(tree: Any, leaves: list[Any]) -> Any:
+    """Puts `leaves` into the structure of `tree`, inside the boxes that `tree` has."""
+    old, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+    boxed = [
+        jax.tree.unflatten(jax.tree.structure(box), [leaf]) if is_box(box) else leaf
+        for box, leaf in zip(old, leaves, strict=True)
+    ]
+    return treedef.unflatten(boxed)
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The "/"-joined path of every leaf, in flattening order."""
+    with_path, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_path]
+
+
+def _unbox(leaf: Any) -> Any:
+    if not is_box(leaf):
+        return leaf
+    (value,) = jax.tree.leaves(leaf)
+    return value

@@ -1,0 +1,151 @@
+"""A leaf seen as a batch of matrices [kept, projected], and the two products with a basis."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.views.axes import MatrixAxes, as_tuple
+
+Side = Literal["short", "long", "input", "output"]
+
+
+def check_side(side: str) -> None:
+    """Raises on anything but the four sides."""
+    if side not in get_args(Side):
+        raise ValueError(
+            f"unknown side {side!r}: choose 'short' (project the shorter matrix axis, the paper), "
+            "'long' (the longer one, optax.contrib), 'input' (reduction axis) or 'output'."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """Which axes of a leaf are batch, kept and projected.
+
+    After this, left and right no longer exist: a gradient is ``[*batch, kept, projected]``, a
+    basis ``[*batch, projected, rank]`` and a low-rank array ``[*batch, kept, rank]``.
+    """
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    kept: tuple[int, ...]
+    projected: tuple[int, ...]
+    projects_input: bool
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self._sizes(self.batch)
+
+    @property
+    def num_matrices(self) -> int:
+        return math.prod(self.batch_shape)
+
+    @property
+    def kept_size(self) -> int:
+        return math.prod(self._sizes(self.kept))
+
+    @property
+    def projected_size(self) -> int:
+        return math.prod(self._sizes(self.projected))
+
+    def basis_shape(self, rank: int) -> tuple[int, ...]:
+        return (*self.batch_shape, self.projected_size, rank)
+
+    def low_rank_shape(self, rank: int) -> tuple[int, ...]:
+        return (*self.batch_shape, self.kept_size, rank)
+
+    def matrix(self, leaf: jax.Array, index: jax.Array | int = 0) -> jax.Array:
+        """Matrix number `index` along the flattened batch axes, as ``[kept, projected]``."""
+        for axis, position in sorted(zip(self.batch, self._unravel(index), strict=True))[::-1]:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, position, axis, keepdims=False)
+        remaining = sorted(self.kept + self.projected)
+        order = [remaining.index(axis) for axis in self.kept + self.projected]
+        return leaf.transpose(order).reshape(self.kept_size, self.projected_size)
+
+    def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
+        """R = G·P, ``[*batch, kept, rank]``; accumulates in the basis dtype."""
+        batch, kept, projected, full = self._letters()
+        low_rank = jnp.einsum(
+            f"{full},{batch}{projected}Z->{batch}{kept}Z",
+            leaf,
+            self._unflatten(basis, self.projected).astype(leaf.dtype),
+            preferred_element_type=basis.dtype,
+        )
+        return low_rank.reshape(self.low_rank_shape(basis.shape[-1]))
+
+    def lift(self, low_rank: jax.Array, basis: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """N·Pᵀ in the leaf's own shape and axis order."""
+        batch, kept, projected, full = self._letters()
+        factors = [
+            (f"{batch}{kept}Z", self._unflatten(low_rank, self.kept).astype(dtype)),
+            (f"{batch}{projected}Z", self._unflatten(basis, self.projected).astype(dtype)),
+        ]
+        # The factor whose axes come first in the leaf goes first: no transposed full-size result.
+        if min(self.projected) < min(self.kept):
+            factors.reverse()
+        (left, a), (right, b) = factors
+        return jnp.einsum(f"{left},{right}->{full}", a, b, preferred_element_type=dtype)
+
+    def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in axes)
+
+    def _letters(self) -> tuple[str, str, str, str]:
+        def name(axes: tuple[int, ...] | range) -> str:
+            return "".join(string.ascii_lowercase[axis] for axis in axes)
+
+        return name(self.batch), name(self.kept), name(self.projected), name(range(len(self.shape)))
+
+    def _unflatten(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        return array.reshape(*self.batch_shape, *self._sizes(axes), array.shape[-1])
+
+    def _unravel(self, index: jax.Array | int) -> tuple[jax.Array | int, ...]:
+        positions: list[jax.Array | int] = []
+        for size in reversed(self.batch_shape):
+            positions.append(index % size)
+            index = index // size
+        return tuple(reversed(positions))
+
+
+def matrix_view(shape: tuple[int, ...], axes: MatrixAxes, side: Side) -> MatrixView:
+    """Resolves axes and side for one leaf shape.
+
+    Args:
+      shape: Shape of the leaf.
+      axes: Which axes form its matrix; may count from the end.
+      side: Which matrix side is projected; a square matrix is projected on its input side.
+
+    Returns:
+      The view, with all axes counted from the front.
+
+    Raises:
+      ValueError: An axis does not exist in `shape`, or two names mean the same axis.
+    """
+    reduction = tuple(_resolve(axis, shape, axes) for axis in as_tuple(axes.reduction_axis))
+    output = tuple(_resolve(axis, shape, axes) for axis in as_tuple(axes.output_axis))
+    if len(set(reduction + output)) != len(reduction + output):
+        raise ValueError(f"{axes} names one axis of shape {shape} twice.")
+    sizes = [math.prod(shape[axis] for axis in side_axes) for side_axes in (reduction, output)]
+    projects_input = {
+        "short": sizes[0] <= sizes[1],
+        "long": sizes[0] >= sizes[1],
+        "input": True,
+        "output": False,
+    }[side]
+    projected, kept = (reduction, output) if projects_input else (output, reduction)
+    batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
+    return MatrixView(shape, batch, kept, projected, projects_input)
+
+
+def _resolve(axis: int, shape: tuple[int, ...], axes: MatrixAxes) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"{axes} names axis {axis}, but the leaf has shape {shape} ({len(shape)} axes). Give "
+            "this leaf its own entry with a {path regex: MatrixAxes} dict."
+        )
+    return axis % len(shape)
