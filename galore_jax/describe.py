@@ -146,8 +146,7 @@ def _cells(row: LeafDescription) -> tuple[str, ...]:
 
 
 def _bytes(size: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
-        size /= 1024
-    return f"{size:.2f} GiB"
+    if size < 1024:
+        return f"{size} B"
+    power = min(int(math.log2(size)) // 10, 3)
+    return f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"

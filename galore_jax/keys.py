@@ -7,16 +7,35 @@ repeats exactly, and a slice of a stack of layers draws what it drew inside the 
 """
 
 import zlib
+from typing import Any
 
 import jax
+import numpy as np
 
 
-def leaf_key(seed: int, count: jax.Array, path: str) -> jax.Array:
-    """Key of one parameter leaf at one optimizer step."""
+def path_hash(path: str) -> int:
+    """Hash of a leaf path, the same in every process and Python version; fits in uint32."""
+    return zlib.crc32(path.encode())
+
+
+def matrix_keys(
+    seed: int, count: jax.Array, hashed_paths: np.ndarray, indices: np.ndarray
+) -> jax.Array:
+    """Keys of many matrices at one optimizer step, drawn in one go.
+
+    Args:
+      seed: Seed of the transformation.
+      count: int32 scalar, the optimizer step.
+      hashed_paths: `path_hash` of each matrix' leaf.
+      indices: Number of each matrix along the flattened batch axes of its leaf.
+
+    Returns:
+      Keys, one per matrix.
+    """
     key = jax.random.fold_in(jax.random.key(seed), count)
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
+    def matrix_key(hashed_path: Any, index: Any) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, hashed_path), index)
 
-def matrix_key(key: jax.Array, index: jax.Array | int) -> jax.Array:
-    """Key of one matrix of a leaf; `index` counts along the flattened batch axes."""
-    return jax.random.fold_in(key, index)
+    words = hashed_paths.astype(np.uint32), indices.astype(np.uint32)
+    return jax.vmap(matrix_key)(*words)

@@ -17,17 +17,17 @@ from galore_jax.projectors.orthonormal import orthonormalize
 class randomized_svd(Projector):
     """Randomized range finder, started from the previous basis when there is one.
 
-    Cold:  Y = Gᵀ·Ω with a Gaussian Ω.      Warm:  Y = [P_old, Gᵀ·Ω] (Ω has `oversample` columns).
-    Then `power_iters` times  Y ← Gᵀ·(G·orth(Y)),  P = orth(Y); with oversampling the `rank`
-    columns of largest energy are kept.
+    Y ← orth(Gᵀ·(G·Y)), once for the sketch and `power_iters` times more, from a Gaussian Y. A warm
+    start puts the previous basis in the place of the sketch and only iterates: it has seen the
+    gradient before. P = Y; with oversampling, its `rank` directions of largest energy.
 
     Products and rank-sized factorizations only: it runs at matmul speed on accelerators, never
     gathers a sharded gradient, and needs the gradient only through G·V and Gᵀ·U.
 
     Args:
-      oversample: Extra columns of the sketch. They cost one more product and a small eigenvalue
-        problem, and pay for a cold start on a slowly decaying spectrum.
-      power_iters: Multiplications by GᵀG after the first sketch.
+      oversample: Extra columns. They cost one more product and a rank-sized eigenvalue problem,
+        and pay for a cold start on a slowly decaying spectrum.
+      power_iters: Multiplications by GᵀG beyond that of the sketch.
       warm_start: Start from the previous basis. False sketches from scratch at every refresh.
 
     Raises:
@@ -54,20 +54,9 @@ class randomized_svd(Projector):
 
     def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
         width = min(rank + self.oversample, *gradient.shape)
-        previous = previous.astype(gradient.dtype)
-        fill = _complete(previous, width, key)
-
-        def sketch() -> jax.Array:
-            return orthonormalize(_sketch(gradient, width, key), fill)
-
-        def extend() -> jax.Array:
-            if width == rank:
-                return previous
-            extra = _sketch(gradient, width - rank, key)
-            return orthonormalize(jnp.concatenate([previous, extra], axis=-1), fill)
-
-        start = jax.lax.cond(cold, sketch, extend) if self.warm_start else sketch()
-        columns = _power(gradient, start, self.power_iters, fill)
+        sketch = cold if self.warm_start else jnp.ones((), bool)
+        start = _start(previous.astype(gradient.dtype), width, sketch, key)
+        columns = _power(gradient, start, self.power_iters + sketch.astype(jnp.int32))
         return columns if width == rank else _leading(gradient, columns, rank)
 
 
@@ -75,8 +64,8 @@ class randomized_svd(Projector):
 class subspace_iteration(Projector):
     """Block power iteration from the previous basis: P = orth((GᵀG)^steps · P_old).
 
-    The first time it starts from a random subspace. Differs from `randomized_svd` in drawing no
-    sketch of the gradient: every start costs the same products.
+    The first time it starts from a random subspace. The same work at every refresh, the first one
+    included; `randomized_svd` gives a cold start one multiplication more.
 
     Args:
       steps: Multiplications by GᵀG per refresh.
@@ -96,35 +85,33 @@ class subspace_iteration(Projector):
         _check_count("steps", self.steps, least=1)
 
     def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
-        previous = previous.astype(gradient.dtype)
-
-        def random_start() -> jax.Array:
-            columns = jax.random.normal(key, previous.shape, previous.dtype)
-            return orthonormalize(columns, fill=previous)
-
-        start = jax.lax.cond(cold, random_start, lambda: previous)
-        return _power(gradient, start, self.steps, fill=previous)
+        start = _start(previous.astype(gradient.dtype), rank, cold, key)
+        return _power(gradient, start, jnp.asarray(self.steps))
 
 
-def _sketch(gradient: MatrixOperator, width: int, key: jax.Array) -> jax.Array:
-    """Gᵀ·Ω, ``[projected, width]``."""
-    omega = jax.random.normal(key, (gradient.shape[0], width), gradient.dtype)
-    return gradient.rmatmul(omega)
-
-
-def _power(gradient: MatrixOperator, columns: jax.Array, steps: int, fill: jax.Array) -> jax.Array:
-    for _ in range(steps):
-        columns = orthonormalize(gradient.rmatmul(gradient.matmul(columns)), fill)
-    return columns
-
-
-def _complete(previous: jax.Array, width: int, key: jax.Array) -> jax.Array:
-    """`previous` with random columns of about unit norm up to `width`."""
+def _start(previous: jax.Array, width: int, sketch: jax.Array, key: jax.Array) -> jax.Array:
+    """``[projected, width]``: `previous` and random columns; only random ones for a `sketch`."""
     rows, rank = previous.shape
-    if width == rank:
-        return previous
-    extra = jax.random.normal(key, (rows, width - rank), previous.dtype) / math.sqrt(rows)
-    return jnp.concatenate([previous, extra], axis=-1)
+
+    def random_columns(count: int) -> jax.Array:
+        return jax.random.normal(key, (rows, count), previous.dtype) / math.sqrt(rows)
+
+    def extend() -> jax.Array:
+        if width == rank:
+            return previous
+        return jnp.concatenate([previous, random_columns(width - rank)], axis=-1)
+
+    return jax.lax.cond(sketch, lambda: random_columns(width), extend)
+
+
+def _power(gradient: MatrixOperator, start: jax.Array, steps: jax.Array) -> jax.Array:
+    """orth((GᵀG)^steps · start); directions that the gradient lacks come from `start`."""
+
+    def step(_: jax.Array, columns: jax.Array) -> jax.Array:
+        return orthonormalize(gradient.rmatmul(gradient.matmul(columns)), fill=columns)
+
+    # A loop with a traced count: one copy of the code serves cold and warm starts.
+    return jax.lax.fori_loop(0, steps, step, start)
 
 
 def _leading(gradient: MatrixOperator, columns: jax.Array, rank: int) -> jax.Array:

@@ -18,7 +18,7 @@ class FactoredRmsState(NamedTuple):
       columns: ``[*batch, rank]`` column means (a scalar zero for a vector).
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it
     rows: optax.Updates
     columns: optax.Updates
 

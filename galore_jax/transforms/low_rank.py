@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_jax.codecs import Codec
+from galore_jax.keys import matrix_keys, path_hash
 from galore_jax.projectors import Projector
 from galore_jax.refresh import MatrixSlots, RefreshPolicy
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig, check_same_storage, low_rank_config
+from galore_jax.transforms.inner import at_full_size, check_inner, inner_proxy
 from galore_jax.transport import BasisMove, Transport
 from galore_jax.views import LeafPlan, ProjectedGradient, leaf_plan
 from galore_jax.views.leaves import flatten_leaves, rebox
@@ -50,7 +54,7 @@ class LowRankState(NamedTuple):
     """
 
     config: LowRankConfig
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it
     projectors: optax.Updates
     refresh_state: RefreshState
     inner_state: optax.OptState
@@ -145,9 +149,9 @@ def low_rank_projection(
     def init_fn(params: optax.Params) -> LowRankState:
         plans = leaf_plan(config, params)
         leaves, treedef = flatten_leaves(params)
-        proxies = treedef.unflatten(map(functools.partial(_inner_proxy, config), plans, leaves))
+        proxies = treedef.unflatten(map(functools.partial(inner_proxy, config), plans, leaves))
         inner_state = inner.init(proxies)
-        _check_inner(inner, inner_state, proxies)
+        check_inner(inner, inner_state, proxies)
         config.transport.check(inner_state, treedef)
         return LowRankState(
             config=config,
@@ -177,18 +181,16 @@ def low_rank_projection(
         check_same_storage(config, state.config)
         gradients, treedef = flatten_leaves(updates)
         plans = leaf_plan(config, _full_shapes(updates, params))
-        refresh_state = state.refresh_state
-        entered = [
-            _enter(config, state.count, *leaf)
-            for leaf in zip(
-                plans,
-                gradients,
-                treedef.flatten_up_to(state.projectors),
-                treedef.flatten_up_to(refresh_state.due),
-                treedef.flatten_up_to(refresh_state.refreshes),
-                strict=True,
-            )
-        ]
+        per_leaf = map(
+            treedef.flatten_up_to,
+            (state.projectors, state.refresh_state.due, state.refresh_state.refreshes),
+        )
+        leaves = [_Leaf(*leaf) for leaf in zip(plans, gradients, *per_leaf, strict=True)]
+        for leaf in leaves:
+            if leaf.plan.is_projected:
+                subspace.check_stored(config, leaf.plan, leaf.stored)
+        refreshed = _refresh(config, state.count, leaves)
+        entered = list(map(functools.partial(_enter, config), leaves, refreshed))
         carried = config.transport.carry(
             state.inner_state, treedef, [leaf.move for leaf in entered]
         )
@@ -208,11 +210,21 @@ def low_rank_projection(
             config=config,
             count=count,
             projectors=treedef.unflatten(leaf.stored for leaf in entered),
-            refresh_state=_decide(config, plans, treedef, count, refresh_state, entered),
+            refresh_state=_decide(config, treedef, count, state.refresh_state, leaves, entered),
             inner_state=inner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Leaf(NamedTuple):
+    """One leaf at the start of a step."""
+
+    plan: LeafPlan
+    gradient: Any
+    stored: Any
+    due: jax.Array
+    refreshes: jax.Array
 
 
 class _Entered(NamedTuple):
@@ -223,26 +235,71 @@ class _Entered(NamedTuple):
     move: BasisMove | None  # None: not projected
 
 
-def _enter(
-    config: LowRankConfig,
-    count: jax.Array,
-    plan: LeafPlan,
-    gradient: Any,
-    stored: Any,
-    due: jax.Array,
-    refreshes: jax.Array,
-) -> _Entered:
-    """Refreshes, if due, and projects."""
+def _refresh(
+    config: LowRankConfig, count: jax.Array, leaves: list[_Leaf]
+) -> list[subspace.Refreshed | None]:
+    """Refreshes all leaves that bring a gradient; equal matrices share one conditional."""
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if leaf.plan.is_projected and not isinstance(leaf.gradient, ProjectedGradient):
+            groups.setdefault(_alike(leaf.plan), []).append(i)
+    keys = _keys(config, count, [leaf.plan for leaf in leaves])
+    refreshed: list[subspace.Refreshed | None] = [None] * len(leaves)
+    for members in groups.values():
+        candidates = [
+            subspace.Candidate(
+                plan=leaves[i].plan,
+                gradient=leaves[i].gradient,
+                stored=leaves[i].stored,
+                due=leaves[i].due,
+                cold=leaves[i].refreshes == 0,
+                key=keys[i],
+            )
+            for i in members
+        ]
+        for i, result in zip(members, subspace.refresh(config, candidates), strict=True):
+            refreshed[i] = result
+    return refreshed
+
+
+def _keys(config: LowRankConfig, count: jax.Array, plans: list[LeafPlan]) -> list[jax.Array]:
+    """``key[*batch]`` per leaf."""
+    sizes = [plan.view.num_matrices if plan.view else 0 for plan in plans]
+    if sum(sizes) == 0:
+        return [jnp.zeros(())] * len(plans)
+    hashes = [path_hash(plan.path) for plan in plans]
+    keys = matrix_keys(
+        config.seed,
+        count,
+        hashed_paths=np.repeat(np.asarray(hashes, np.uint32), sizes),
+        indices=np.concatenate([np.arange(size) for size in sizes]),
+    )
+    parts = jnp.split(keys, np.cumsum(sizes)[:-1])
+    return [
+        part.reshape(_batch_shape(plan)) if plan.view else part
+        for plan, part in zip(plans, parts, strict=True)
+    ]
+
+
+def _alike(plan: LeafPlan) -> Any:
+    """What two leaves share if they are the same weight of two layers.
+
+    Same shape is not enough: a query and an output kernel may be sharded differently, and one
+    loop over both would move one of them between devices.
+    """
+    return re.sub(r"\d+", "#", plan.path), plan.view, plan.rank, plan.dtype
+
+
+def _enter(config: LowRankConfig, leaf: _Leaf, refreshed: subspace.Refreshed | None) -> _Entered:
+    """Projects the gradient onto the bases of this step."""
+    plan, gradient = leaf.plan, leaf.gradient
     if not plan.is_projected:
-        return _Entered(_at_full_size(config, plan, gradient), stored, None)
-    old = subspace.decode(config, plan, stored)
-    if isinstance(gradient, ProjectedGradient):
-        refreshed, value = subspace.adopt(config, plan, gradient, stored)
+        return _Entered(at_full_size(config, plan, gradient), leaf.stored, None)
+    old = subspace.decode(config, plan, leaf.stored)
+    if refreshed is None:
+        refreshed, value = subspace.adopt(config, plan, gradient, leaf.stored)
         new = subspace.decode(config, plan, refreshed.stored)
     else:
-        refreshed = subspace.refresh(
-            config, plan, gradient, stored, due=due, cold=refreshes == 0, count=count
-        )
         new = subspace.decode(config, plan, refreshed.stored)
         value = subspace.project(config, plan, gradient, new)
     return _Entered(value, refreshed.stored, BasisMove(old, new, refreshed.moved))
@@ -259,20 +316,24 @@ def _leave(factor: Any, plan: LeafPlan, gradient: Any, entered: _Entered, direct
 
 def _decide(
     config: LowRankConfig,
-    plans: list[LeafPlan],
     treedef: Any,
     count: jax.Array,
     state: RefreshState,
+    leaves: list[_Leaf],
     entered: list[_Entered],
 ) -> RefreshState:
     """Which matrices are due at `count`: those the policy names, and those that failed."""
-    moved = [leaf.move and leaf.move.moved for leaf in entered]
-    planned, memory = config.refresh.decide(count, _slots(plans), state.memory, moved)
-    due, refreshes = (treedef.flatten_up_to(tree) for tree in (state.due, state.refreshes))
-    for i, leaf_moved in enumerate(moved):
-        if leaf_moved is not None:
-            due[i] = planned[i] | (due[i] & ~leaf_moved)
-            refreshes[i] = refreshes[i] + leaf_moved
+    moved = [None if leaf.move is None else leaf.move.moved for leaf in entered]
+    slots = _slots([leaf.plan for leaf in leaves])
+    planned, memory = config.refresh.decide(count, slots, state.memory, moved)
+    due = [
+        leaf.due if now is None or soon is None else soon | (leaf.due & ~now)
+        for leaf, now, soon in zip(leaves, moved, planned, strict=True)
+    ]
+    refreshes = [
+        leaf.refreshes if now is None else leaf.refreshes + now
+        for leaf, now in zip(leaves, moved, strict=True)
+    ]
     return RefreshState(treedef.unflatten(due), treedef.unflatten(refreshes), memory)
 
 
@@ -290,23 +351,6 @@ def _slots(plans: list[LeafPlan]) -> list[MatrixSlots | None]:
     ]
 
 
-def _inner_proxy(config: LowRankConfig, plan: LeafPlan, leaf: Any) -> Any:
-    """What the inner transformation is initialised on."""
-    if plan.view is not None:
-        return jnp.zeros(plan.view.low_rank_shape(plan.rank), config.state_dtype)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        leaf = jnp.zeros(leaf.shape, leaf.dtype)
-    return _at_full_size(config, plan, leaf)
-
-
-def _at_full_size(config: LowRankConfig, plan: LeafPlan, leaf: Any) -> Any:
-    if not plan.is_inexact:
-        return optax.MaskedNode()  # integers are nothing an optimizer can average
-    if jnp.issubdtype(plan.dtype, jnp.complexfloating):
-        return leaf
-    return jnp.asarray(leaf).astype(config.state_dtype)
-
-
 def _full_shapes(updates: optax.Updates, params: optax.Params | None) -> Any:
     """Shapes of the leaves; those of projected gradients are read off the parameters."""
     leaves, treedef = flatten_leaves(updates)
@@ -320,24 +364,3 @@ def _full_shapes(updates: optax.Updates, params: optax.Params | None) -> Any:
     return treedef.unflatten(
         jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves
     )
-
-
-def _check_inner(inner: optax.GradientTransformationExtraArgs, state: Any, proxies: Any) -> None:
-    """Raises if `inner` needs parameters, which do not exist in the subspace."""
-
-    def fails(params: Any) -> Exception | None:
-        try:
-            jax.eval_shape(lambda *args: inner.update(*args), proxies, state, params)
-        except Exception as error:
-            return error
-        return None
-
-    error = fails(None)
-    # Failing with parameters too means that it misses something else (extra arguments, say).
-    if error is not None and fails(proxies) is None:
-        raise ValueError(
-            "the inner transformation needs `params`, which live in the full space, not in the "
-            "subspace. Put it behind the lens, e.g. optax.chain(low_rank_projection("
-            "optax.scale_by_adam(), rank), optax.add_decayed_weights(1e-2)) instead of an AdamW "
-            "inside."
-        ) from error

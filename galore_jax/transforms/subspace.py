@@ -6,13 +6,14 @@ pass that projects, a layer-wise step.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from galore_jax import keys
 from galore_jax.projectors import MatrixOperator, dense_operator
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan, ProjectedGradient
@@ -25,6 +26,26 @@ class Refreshed(NamedTuple):
     moved: jax.Array
 
 
+class Candidate(NamedTuple):
+    """One leaf that may be refreshed.
+
+    Args:
+      plan: The leaf's plan.
+      gradient: Its gradient, in the leaf's shape.
+      stored: Its stored bases.
+      due: ``bool[*batch]``.
+      cold: ``bool[*batch]``, True where the stored basis is still the initial one.
+      key: ``key[*batch]``, randomness for this step.
+    """
+
+    plan: LeafPlan
+    gradient: jax.Array
+    stored: Any
+    due: jax.Array
+    cold: jax.Array
+    key: jax.Array
+
+
 def basis_dtype(plan: LeafPlan) -> jax.typing.DTypeLike:
     """Working precision of a leaf's basis: fp32, or fp64 for fp64 leaves."""
     return jnp.promote_types(plan.dtype, jnp.float32)
@@ -32,16 +53,20 @@ def basis_dtype(plan: LeafPlan) -> jax.typing.DTypeLike:
 
 def decode(config: LowRankConfig, plan: LeafPlan, stored: Any) -> jax.Array:
     """The basis that projects and lifts, ``[*batch, projected, rank]``."""
+    return config.codec.decode(stored, basis_dtype(plan))
+
+
+def check_stored(config: LowRankConfig, plan: LeafPlan, stored: Any) -> None:
+    """Raises if the stored basis of a leaf is not of the planned shape."""
     assert plan.view is not None
-    basis = config.codec.decode(stored, basis_dtype(plan))
+    seen = jax.eval_shape(lambda s: decode(config, plan, s), stored).shape
     expected = plan.view.basis_shape(plan.rank)
-    if basis.shape != expected:
+    if seen != expected:
         raise ValueError(
-            f"leaf {plan.path!r}: the state holds a basis of shape {basis.shape}, but this "
-            f"transformation needs {expected}. It was made with another rank, side or axes, or for "
-            "other parameters: init anew, or restore with the old values."
+            f"leaf {plan.path!r}: the state holds a basis of shape {seen}, but this transformation "
+            f"needs {expected}. It was made with another rank, side or axes, or for other "
+            "parameters: init anew, or restore with the old values."
         )
-    return basis
 
 
 def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
@@ -53,50 +78,70 @@ def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
     )
 
 
-def refresh(
-    config: LowRankConfig,
-    plan: LeafPlan,
-    gradient: jax.Array,
-    stored: Any,
-    *,
-    due: jax.Array,
-    cold: jax.Array,
-    count: jax.Array,
-) -> Refreshed:
-    """Recomputes the bases of the matrices that are due, from the gradient.
+def refresh(config: LowRankConfig, group: list[Candidate]) -> list[Refreshed]:
+    """Recomputes the bases that are due, from their gradients.
 
-    One conditional with a scalar predicate per leaf, however many layers it stacks; inside it, a
-    loop runs over the due matrices only, so that one factorization's memory is live at a time.
+    One conditional with a scalar predicate for all matrices of the group, however many leaves
+    and layers; inside it, a loop over the due ones only, so that one factorization is compiled
+    and the memory of one is live at a time.
 
     Args:
       config: The lens.
-      plan: The leaf's plan.
-      gradient: The leaf's gradient, in the leaf's shape.
-      stored: Its stored bases.
-      due: ``bool[*batch]``.
-      cold: ``bool[*batch]``, True where the stored basis is still the initial one.
-      count: int32 scalar, the optimizer step.
+      group: Leaves whose plans differ in their paths only.
 
     Returns:
-      The stored bases, and which of them moved. A gradient that is not finite, or is zero,
-      moves nothing.
+      Per leaf the stored bases, and which of them moved. A gradient that is not finite, or is
+      zero, moves nothing.
     """
+    any_due = jnp.any(jnp.stack([jnp.any(leaf.due) for leaf in group]))
+    return jax.lax.cond(
+        any_due,
+        lambda: _refresh_due(config, group),
+        lambda: [Refreshed(leaf.stored, jnp.zeros_like(leaf.due)) for leaf in group],
+    )
+
+
+class _Progress(NamedTuple):
+    """Loop state over the matrices of a group."""
+
+    left: jax.Array
+    refreshed: Refreshed
+
+
+def _refresh_due(config: LowRankConfig, group: list[Candidate]) -> list[Refreshed]:
+    """Runs over the due matrices of all leaves, updating the stored bases in place."""
+    plan = group[0].plan
     view = plan.view
     assert view is not None
-    leaf_key = keys.leaf_key(config.seed, count, plan.path)
+    due, cold, key, stored = (
+        _concatenate(view.batch_shape, [getattr(leaf, name) for leaf in group])
+        for name in ("due", "cold", "key", "stored")
+    )
+    matrices = [functools.partial(view.matrix, leaf.gradient) for leaf in group]
 
-    def refresh_matrix(index: jax.Array | int, stored: Any, cold: jax.Array) -> Refreshed:
-        operator = dense_operator(view.matrix(gradient, index), projects_input=view.projects_input)
-        return _refresh_matrix(
-            config, plan, operator, stored, cold=cold, key=keys.matrix_key(leaf_key, index)
+    def body(progress: _Progress) -> _Progress:
+        number = jnp.argmax(progress.left)
+        leaf, index = number // view.num_matrices, number % view.num_matrices
+        gradient = dense_operator(
+            matrices[0](index) if len(group) == 1 else jax.lax.switch(leaf, matrices, index),
+            projects_input=view.projects_input,
+        )
+        refreshed = _refresh_matrix(
+            config,
+            plan,
+            gradient,
+            jax.tree.map(lambda part: part[number], progress.refreshed.stored),
+            cold=cold[number],
+            key=key[number],
+        )
+        return _Progress(
+            progress.left.at[number].set(False),
+            jax.tree.map(lambda all_, one: all_.at[number].set(one), progress.refreshed, refreshed),
         )
 
-    def refresh_due() -> Refreshed:
-        if not view.batch:
-            return refresh_matrix(0, stored, cold)
-        return _loop_over_due(refresh_matrix, stored, due, cold)
-
-    return jax.lax.cond(jnp.any(due), refresh_due, lambda: Refreshed(stored, jnp.zeros_like(due)))
+    start = _Progress(due, Refreshed(stored, jnp.zeros_like(due)))
+    done = jax.lax.while_loop(lambda progress: jnp.any(progress.left), body, start)
+    return _split(view.batch_shape, len(group), done.refreshed)
 
 
 def _refresh_matrix(
@@ -116,27 +161,20 @@ def _refresh_matrix(
     return Refreshed(_where(usable, encoded, stored), usable)
 
 
-def _loop_over_due(
-    refresh_matrix: Callable[..., Refreshed], stored: Any, due: jax.Array, cold: jax.Array
-) -> Refreshed:
-    """Runs over the due matrices of a stack, updating the stored bases in place."""
-    batch = due.shape
-    due, cold = due.reshape(-1), cold.reshape(-1)
-    order = jnp.argsort(~due, stable=True)  # due matrices first
+def _concatenate(batch: tuple[int, ...], leaves: list[Any]) -> Any:
+    """Stored forms ``[*batch, ...]`` of several leaves -> ``[leaves · matrices, ...]``."""
 
-    def body(step: jax.Array, carry: Refreshed) -> Refreshed:
-        index = order[step]
-        current = jax.tree.map(lambda part: _at(part, index), carry.stored)
-        matrix = refresh_matrix(index, current, cold[index])
-        return jax.tree.map(
-            lambda stack, part: jax.lax.dynamic_update_index_in_dim(stack, part, index, 0),
-            carry,
-            matrix,
-        )
+    def flat(*parts: jax.Array) -> jax.Array:
+        rows = [part.reshape(-1, *part.shape[len(batch) :]) for part in parts]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
-    flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[len(batch) :]), stored)
-    result = jax.lax.fori_loop(0, jnp.sum(due), body, Refreshed(flat, jnp.zeros_like(due)))
-    return jax.tree.map(lambda part: part.reshape(*batch, *part.shape[1:]), result)
+    return jax.tree.map(flat, *leaves)
+
+
+def _split(batch: tuple[int, ...], count: int, flat: Any) -> list[Any]:
+    """Inverse of `_concatenate`."""
+    per_leaf = jax.tree.map(lambda part: part.reshape(count, *batch, *part.shape[1:]), flat)
+    return [jax.tree.map(operator.itemgetter(leaf), per_leaf) for leaf in range(count)]
 
 
 def project(
@@ -207,10 +245,6 @@ def _over_batch(fn: Callable[..., jax.Array], plan: LeafPlan) -> Callable[..., j
     for _ in plan.view.batch:
         fn = jax.vmap(fn)
     return fn
-
-
-def _at(stack: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

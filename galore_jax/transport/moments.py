@@ -68,7 +68,7 @@ class Moments(NamedTuple):
     first: dict[str, jax.Array]
     second: dict[str, jax.Array]
     # Updates that went into them; None for states that do not count.
-    count: jax.Array | None
+    count: jax.Array | None  # type: ignore[assignment]  # optax's name for it
 
 
 def map_moments(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:

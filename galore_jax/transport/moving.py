@@ -158,10 +158,8 @@ def _right_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def _where_moved(move: BasisMove, new: Moments, old: Moments) -> Moments:
     moved = move.moved[..., None, None]
-    return Moments(
-        *(
-            {name: jnp.where(moved, new_field[name], old) for name, old in old_field.items()}
-            for new_field, old_field in ((new.first, old.first), (new.second, old.second))
-        ),
-        count=old.count,
-    )
+
+    def select(new_fields: dict[str, jax.Array], old_fields: dict[str, jax.Array]):
+        return {name: jnp.where(moved, new_fields[name], old_fields[name]) for name in old_fields}
+
+    return Moments(select(new.first, old.first), select(new.second, old.second), old.count)

@@ -60,7 +60,7 @@ def rebox(tree: Any, leaves: list[Any]) -> Any:
         jax.tree.unflatten(jax.tree.structure(box), [leaf]) if is_box(box) else leaf
         for box, leaf in zip(old, leaves, strict=True)
     ]
-    return treedef.unflatten(boxed)
+    return jax.tree.unflatten(treedef, boxed)
 
 
 def leaf_paths(tree: Any) -> list[str]:

@@ -1,0 +1,342 @@
+"""Trains a Llama: ``python -m examples.llama.train --help``.
+
+The story of a run is told by `train`, from the corpus to the closing table; what happens in one
+step is in `step.py`, what survives a crash in `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import rich.console
+
+from examples.llama import checkpoint, config, data, host, model, optimizers, progress, report, step
+
+FINISHED, FAILED, GAVE_UP = 0, 1, 3  # 2 is argparse's; a signal exits with 128 + its number
+
+
+class GiveUpError(RuntimeError):
+    """Too many steps in a row were not finite."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line program; returns its exit status."""
+    console = rich.console.Console()
+    # What Orbax logs as an error it raises as well, and we say it in one sentence.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        options = config.parse(argv)
+        settings = config.resolve(options)
+        with host.claimed(settings.run.run_dir, resume=settings.run.resume):
+            return train(options, settings, console)
+    except GiveUpError as error:
+        status, reason = GAVE_UP, str(error)
+    except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        status, reason = FAILED, f"{error}\n(set TRACEBACK=1 to see where it came from)"
+    console.print(f"ERROR: {reason}", style="bold red", highlight=False, markup=False)
+    return status
+
+
+def train(
+    options: config.TrainConfig, settings: config.TrainConfig, console: rich.console.Console
+) -> int:
+    """One run from its start or restart to its report.
+
+    Args:
+        options: as given, for the record.
+        settings: the same with every None replaced.
+        console: where to show what happens.
+
+    Returns:
+        The exit status.
+    """
+    display = progress.Display(settings.schedule.steps, console)
+    task = make_task(settings)
+    run_dir = settings.run.run_dir
+    display.note(f"corpus     {task.corpus.description}")
+    display.note(f"model      {settings.model.preset}, {model.num_params(task.llama):,} parameters")
+    display.note(f"optimizer  {optimizers.describe(settings.optimizer)}")
+    display.note(f"run        {run_dir}")
+
+    checkpoints = checkpoint.Checkpoints(
+        run_dir / "checkpoints", keep=settings.run.keep, warn=display.warn
+    )
+    with contextlib.closing(checkpoints):
+        start = restore_or_init(task, checkpoints, display)
+        host.write_json(run_dir / "config.json", config.to_json(options))
+        log = progress.MetricsLog(run_dir, last_step=start.progress.step, warn=display.warn)
+        with contextlib.closing(log), display, host.StopSignal() as stop:
+            end = fit(task, start, checkpoints, log, display, stop)
+        saved = checkpoints.wait()
+
+        if stop.received:
+            return pause(stop, end, saved, display, run_dir)
+        finish(task, end, display)
+        return FINISHED if saved else FAILED
+
+
+class Task(NamedTuple):
+    """What is trained on what, before anything is allocated."""
+
+    settings: config.TrainConfig
+    corpus: data.Corpus
+    llama: model.LlamaConfig
+    loss_fn: step.LossFn
+    schedule: optax.Schedule
+    tx: optax.GradientTransformationExtraArgs
+    new_state: Callable[[], step.TrainState]
+
+
+class Progress(NamedTuple):
+    """How far a run has come; saved with every checkpoint.
+
+    Args:
+        step: steps done.
+        tokens: trained on.
+        elapsed: seconds, over all processes of the run.
+        timed_tokens: those whose time is in `timed_seconds`: without compilation and evaluation.
+        timed_seconds: see `timed_tokens`.
+        data: position of the data iterator.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    elapsed: float = 0.0
+    timed_tokens: int = 0
+    timed_seconds: float = 0.0
+    data: Any = None
+
+
+class Position(NamedTuple):
+    """A point of the run from which it can go on."""
+
+    state: step.TrainState
+    progress: Progress
+
+
+def make_task(settings: config.TrainConfig) -> Task:
+    """Puts corpus, model and optimizer together."""
+    corpus = data.prepare(config.data_config(settings))
+    llama = config.model_config(settings, corpus.vocab_size)
+    schedule = optimizers.make_schedule(
+        learning_rate=settings.schedule.learning_rate,
+        steps=settings.schedule.steps,
+        warmup=settings.schedule.warmup,
+    )
+    tx = optimizers.make_optimizer(
+        settings.optimizer, schedule, clip=settings.schedule.clip, seed=settings.run.seed
+    )
+
+    def new_state() -> step.TrainState:
+        return step.init_state(model.init(llama, jax.random.key(settings.run.seed)), tx)
+
+    loss_fn = functools.partial(model.loss, llama)
+    return Task(settings, corpus, llama, loss_fn, schedule, tx, jax.jit(new_state))
+
+
+def restore_or_init(
+    task: Task, checkpoints: checkpoint.Checkpoints, display: progress.Display
+) -> Position:
+    """The newest intact checkpoint, or the beginning."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(task.new_state),
+    )
+    identity = config.identity(task.settings, task.corpus.fingerprint)
+    restored = checkpoints.restore(template, identity)
+    if restored:
+        state, record = restored
+        display.note(f"resumed    at step {record['step']}")
+        return Position(state, Progress(**record["progress"]))
+    if task.settings.run.resume:
+        display.warn(f"no checkpoint in {checkpoints.directory}: starting from step 0")
+    return Position(task.new_state(), Progress())
+
+
+def fit(
+    task: Task,
+    start: Position,
+    checkpoints: checkpoint.Checkpoints,
+    log: progress.MetricsLog,
+    display: progress.Display,
+    stop: host.StopSignal,
+) -> Position:
+    """Trains until the last step or a signal; numbers are written and the end is saved.
+
+    Raises:
+        GiveUpError: too many steps in a row were not finite.
+    """
+    settings, steps = task.settings, task.settings.schedule.steps
+    train_step = step.make_train_step(
+        task.loss_fn, task.tx, task.schedule, accumulation=settings.data.accumulation
+    )
+    eval_step = step.make_eval_step(task.loss_fn)
+    batches = make_batches(task, start.progress.data)
+    tokens_per_step = settings.data.batch_size * settings.data.seq_len
+    watch = progress.Stopwatch(
+        tokens_per_step, start.progress.timed_tokens, start.progress.timed_seconds
+    )
+    began = time.monotonic() - start.progress.elapsed
+    state, done = start
+    unlogged: list[tuple[Progress, step.Metrics]] = []
+
+    for number in range(done.step + 1, steps + 1):
+        state, metrics = train_step(state, next(batches))
+        done = done._replace(step=number, tokens=done.tokens + tokens_per_step)
+        unlogged.append((done, metrics))
+        if number == start.progress.step + 1:
+            jax.block_until_ready(metrics)  # compilation is over: from here on time counts
+            watch.start(number)
+
+        stopping = stop.received is not None
+        evaluating = number == steps or number % settings.run.eval_every == 0
+        saving = number == steps or number % settings.run.save_every == 0 or stopping
+        showing = number % settings.run.log_every == 0
+        if saving or evaluating or showing:
+            finished = jax.device_get(unlogged)  # waits for the device, so it comes first
+            rows = log_steps(log, finished, watch.lap(number))
+            unlogged.clear()
+            if showing:
+                left = (steps - number) * tokens_per_step / (watch.rate or math.nan)
+                display.update(rows[-1], seconds_left=left)
+            check_finite(rows, settings.run)
+        if evaluating:
+            loss = step.evaluate(eval_step, state.params, validation(task))
+            log.write([{"step": number, "tokens": done.tokens, "valid_loss": loss}])
+            display.note(
+                f"step {number}/{steps}  validation loss {loss:.4f}  "
+                f"ppl {progress.perplexity(loss):.4g}"
+            )
+        if saving:
+            done = done._replace(
+                elapsed=time.monotonic() - began,
+                timed_tokens=watch.tokens,
+                timed_seconds=watch.seconds,
+                data=batches.get_state(),
+            )
+            identity = config.identity(settings, task.corpus.fingerprint)
+            checkpoints.save(number, state, {"identity": identity, "progress": done._asdict()})
+        if saving or evaluating:
+            watch.start(number)
+        if stopping:
+            break
+    return Position(state, done)
+
+
+def log_steps(
+    log: progress.MetricsLog,
+    steps: list[tuple[Progress, step.Metrics]],
+    tokens_per_second: float,
+) -> list[progress.Row]:
+    """Writes a row for each step; returns the rows."""
+    rows = [
+        {"step": done.step, "tokens": done.tokens}
+        | {name: x.item() for name, x in metrics._asdict().items()}
+        | {"tokens_per_second": tokens_per_second}
+        for done, metrics in steps
+    ]
+    log.write(rows)
+    return rows
+
+
+def check_finite(rows: list[progress.Row], run: config.RunOptions) -> None:
+    """Raises `GiveUpError` when too many steps in a row were not finite."""
+    for row in rows:
+        if row["bad_in_a_row"] >= run.max_bad_steps:
+            raise GiveUpError(
+                f"loss or gradient was not finite in {run.max_bad_steps} steps in a row, the last "
+                f"of them step {row['step']}. None of them was applied, and the checkpoints in "
+                f"{run.run_dir} are from before. Resume from there with a lower --learning-rate, "
+                f"a --clip, or --dtype float32."
+            )
+
+
+def make_batches(task: Task, position: Any) -> Iterator[step.Batch]:
+    """The training data from a saved position on."""
+    process_index, process_count = host.this_process()
+    batches = data.train_batches(
+        task.corpus,
+        seq_len=task.settings.data.seq_len,
+        batch_size=task.settings.data.batch_size,
+        seed=task.settings.run.seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    if position is not None:
+        batches.set_state(position)
+    return batches
+
+
+def validation(task: Task) -> Iterator[step.Batch]:
+    """The part of the validation data that is evaluated on, always the same."""
+    return data.valid_batches(
+        task.corpus,
+        seq_len=task.settings.data.seq_len,
+        batch_size=task.settings.data.batch_size,
+        max_batches=task.settings.run.eval_batches or None,
+    )
+
+
+def pause(
+    stop: host.StopSignal, end: Position, saved: bool, display: progress.Display, run_dir: Path
+) -> int:
+    """Says how to go on after a signal; returns the exit status."""
+    name = signal.Signals(stop.received).name
+    if not saved:
+        display.warn(f"{name}: stopped at step {end.progress.step}, which could not be saved")
+        return FAILED
+    display.note(f"{name}: saved step {end.progress.step}; go on with --run-dir {run_dir} --resume")
+    return 128 + stop.received
+
+
+def finish(task: Task, end: Position, display: progress.Display) -> None:
+    """Summary, picture and closing table."""
+    settings, run_dir = task.settings, task.settings.run.run_dir
+    rows = progress.read_metrics(run_dir / "metrics.jsonl")
+    valid = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    abstract_params = jax.eval_shape(task.new_state).params
+    summary = {
+        "optimizer": optimizers.describe(settings.optimizer),
+        "learning_rate": settings.schedule.learning_rate,
+        "seed": settings.run.seed,
+        "steps": end.progress.step,
+        "tokens": end.progress.tokens,
+        "valid_loss": valid[-1],
+        "valid_perplexity": progress.perplexity(valid[-1]),
+        "unigram_nats": task.corpus.unigram_nats,
+        "num_params": model.num_params(task.llama),
+        "state_bytes": report.state_bytes(task.tx, abstract_params),
+        "adamw_state_bytes": report.state_bytes(optax.adamw(0.0), abstract_params),
+        "skipped_steps": end.state.opt_state.total_notfinite.item(),
+        "tokens_per_second": end.progress.timed_tokens / max(end.progress.timed_seconds, 1e-9),
+        "seconds": end.progress.elapsed,
+        "config": config.to_json(settings),
+    }
+    report.plot_losses(
+        run_dir / "loss.png",
+        rows,
+        unigram_nats=task.corpus.unigram_nats,
+        title=f"{settings.model.preset}, {settings.optimizer.optimizer}, "
+        f"learning rate {settings.schedule.learning_rate:g}",
+    )
+    host.write_json(run_dir / "summary.json", summary)
+    display.console.print(report.summary_table(summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
