@@ -16,6 +16,7 @@ import numpy as np
 import galore_jax as gj
 from benchmarks import report
 from galore_jax.projectors import Projector, dense_operator
+from galore_jax.views.matrix_view import matrix_view
 
 PROJECTORS: dict[str, Projector] = {
     "svd": gj.projectors.svd(),
@@ -70,14 +71,16 @@ def captured(
     """Share of the best energy that the basis found from `new` captures; its orthonormality."""
     previous = np.eye(old.shape[1], rank) if cold else _leading(old, rank)
 
+    view = matrix_view(new.shape, gj.MatrixAxes(), "output")
+
     @jax.jit
     def find(gradient: jax.Array, previous: jax.Array) -> jax.Array:
         return projector.basis(
-            dense_operator(gradient, projects_input=True),
+            dense_operator(gradient, view),
             rank,
             previous=previous,
             cold=jnp.asarray(cold),
-            key=jax.random.key(0),
+            key=jnp.zeros(2, jnp.uint32),
         )
 
     found = find(jnp.asarray(new, jnp.float32), jnp.asarray(previous, jnp.float32))

@@ -1,40 +1,38 @@
 """Seconds to compile the update of a 24-layer model; nothing is allocated.
 
-python -m benchmarks.compile_time [--size 350M] [--repeats 3]
+python -m benchmarks.compile_time [--preset 350m] [--repeats 3]
 """
 
 import argparse
+import functools
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import galore_jax as gj
 from benchmarks import report
-from benchmarks.llama_block import SIZES
+from examples.llama import model
+from examples.llama.presets import PRESETS
 
 
 def main() -> None:
     """Command line program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="350M", choices=SIZES)
+    parser.add_argument("--preset", default="350m", choices=PRESETS)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    size = SIZES[options.size]
-    stacked = {n: _abstract((size.layers, *shape)) for n, shape in size.shapes.items()}
-    unrolled = {
-        f"{name}/{layer}": _abstract(shape)
-        for name, shape in size.shapes.items()
-        for layer in range(size.layers)
-    }
-    ours, theirs = gj.galore(1e-2, size.rank, axes=gj.MatrixAxes()), optax.contrib.galore(1e-2, size.rank)
+    preset = PRESETS[options.preset]
+    stacked = jax.eval_shape(functools.partial(model.init, preset.model), jax.random.key(0))
+    separate = {**stacked, "blocks": unstack(stacked["blocks"], preset.model.num_layers)}
+    ours = gj.galore(1e-2, preset.rank, axes=gj.MatrixAxes())
+    theirs = optax.contrib.galore(1e-2, preset.rank)
     cases = {
         "galore_jax, stacked layers": (ours, stacked),
-        "galore_jax, separate layers": (ours, unrolled),
-        "optax.contrib.galore, separate layers": (theirs, unrolled),
+        "galore_jax, separate layers": (ours, separate),
+        "optax.contrib.galore, separate layers": (theirs, separate),
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(options.repeats):
@@ -43,13 +41,14 @@ def main() -> None:
     rows = [
         {
             "update": name,
-            "leaves": len(cases[name][1]),
+            "leaves": len(jax.tree.leaves(cases[name][1])),
             "min": min(times),
             "median": float(np.median(times)),
         }
         for name, times in seconds.items()
     ]
-    title = f"Seconds to trace and compile tx.update, {options.size}, {size.layers} layers"
+    layers = preset.model.num_layers
+    title = f"Seconds to trace and compile tx.update, Llama {options.preset}, {layers} layers"
     report.publish(title, rows, "compile_time")
 
 
@@ -62,8 +61,13 @@ def compile_seconds(tx: optax.GradientTransformation, params: Any) -> float:
     return time.perf_counter() - start
 
 
-def _abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def unstack(blocks: Any, layers: int) -> list[Any]:
+    """One tree per layer."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    return [jax.tree.map(one, blocks) for _ in range(layers)]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.exact import gram_eigh, svd
-from galore_jax.projectors.operator import MatrixOperator, dense_operator
+from galore_jax.projectors.operator import MatrixOperator, dense_operator, select_operator
 from galore_jax.projectors.random import random_orthonormal
 from galore_jax.projectors.range_finder import randomized_svd, subspace_iteration
 
@@ -13,6 +13,7 @@ __all__ = [
     "gram_eigh",
     "random_orthonormal",
     "randomized_svd",
+    "select_operator",
     "subspace_iteration",
     "svd",
 ]

@@ -45,7 +45,8 @@ class Projector(abc.ABC):
           rank: Number of columns, below `projected` and at most `kept`.
           previous: ``[projected, rank]``, the basis in use, orthonormal.
           cold: Scalar bool; True while `previous` is still the initial one and means nothing.
-          key: PRNG key of this matrix at this step.
+          key: ``uint32[2]``, randomness of this matrix at this step; see `galore_jax.keys`, or
+            use it as a raw key of `jax.random`.
 
         Returns:
           ``[projected, rank]`` in the working precision of `gradient`.

@@ -47,8 +47,7 @@ class svd(Projector):
 
     def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
         del previous, cold, key
-        # LAPACK is not safe with NaN or inf; the caller drops a basis from an unusable gradient.
-        matrix = jnp.where(jnp.isfinite(gradient.magnitude), _dense(gradient), 0)
+        matrix = _finite(gradient)
         if gradient.projects_input:
             vectors = jnp.linalg.svd(matrix.T, full_matrices=False)[0][:, :rank]
         else:
@@ -76,9 +75,7 @@ class gram_eigh(Projector):
     def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
         del cold, key
         kept, projected = gradient.shape
-        finite = jnp.isfinite(gradient.magnitude)
-        scale = jnp.where(finite & (gradient.magnitude > 0), gradient.magnitude, 1)
-        matrix = jnp.where(finite, _dense(gradient) / scale, 0)
+        matrix = _finite(gradient.normalized())
         short = matrix.T if projected <= kept else matrix
         _, vectors = jnp.linalg.eigh(jnp.matmul(short, short.T, precision=HIGHEST))
         leading = vectors[:, ::-1][:, :rank]
@@ -88,13 +85,17 @@ class gram_eigh(Projector):
         return _positive(leading)
 
 
-def _dense(gradient: MatrixOperator) -> jax.Array:
+def _finite(gradient: MatrixOperator) -> jax.Array:
+    """The matrix, or zeros if it is not finite: LAPACK is not safe with NaN and inf.
+
+    Whoever asked for the basis drops it then.
+    """
     if gradient.dense is None:
         raise ValueError(
             "this projector needs the gradient matrix itself, which is not formed here. Use "
             "randomized_svd, subspace_iteration or random_orthonormal."
         )
-    return gradient.dense
+    return jnp.where(jnp.isfinite(gradient.magnitude), gradient.dense(), 0)
 
 
 def _positive(vectors: jax.Array) -> jax.Array:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.views import MatrixView
+
 HIGHEST = jax.lax.Precision.HIGHEST
+
+Product = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixOperator:
-    """G ``[kept, projected]`` as two products, scaled so that its largest entry is about one.
-
-    The scaling keeps ``GᵀG`` inside the range of fp32 for gradients anywhere between 1e-30 and
-    1e30. A basis does not depend on it.
+    """G ``[kept, projected]`` by its two products.
 
     Args:
       shape: ``(kept, projected)``.
@@ -25,48 +26,96 @@ class MatrixOperator:
       rmatmul: ``[kept, k] -> [projected, k]``, Gᵀ·U.
       magnitude: Scalar, the largest absolute entry of G; NaN or inf if G has one.
       projects_input: Whether the projected axis is the reduction axis of the leaf.
-      dense: The unscaled matrix ``[kept, projected]``, or None where it is never formed.
+      dense: Forms the matrix ``[kept, projected]``; None where it must never be formed.
     """
 
     shape: tuple[int, int]
     dtype: jax.typing.DTypeLike
-    matmul: Callable[[jax.Array], jax.Array]
-    rmatmul: Callable[[jax.Array], jax.Array]
+    matmul: Product
+    rmatmul: Product
     magnitude: jax.Array
     projects_input: bool
-    dense: jax.Array | None = None
+    dense: Callable[[], jax.Array] | None = None
 
     @property
     def is_usable(self) -> jax.Array:
         """Whether there is a direction to find: finite and not zero."""
         return jnp.isfinite(self.magnitude) & (self.magnitude > 0)
 
+    def normalized(self) -> MatrixOperator:
+        """The same matrix scaled so that its largest entry is about one, which moves no subspace.
 
-def dense_operator(matrix: jax.Array, *, projects_input: bool) -> MatrixOperator:
+        Keeps GᵀG inside the range of fp32 for gradients anywhere between 1e-30 and 1e30.
+        """
+        # Half of the scaling before the product and half after it: neither overflows.
+        dense, half = self.dense, jax.lax.rsqrt(jnp.where(self.is_usable, self.magnitude, 1))
+        return dataclasses.replace(
+            self,
+            matmul=lambda v: self.matmul(v * half) * half,
+            rmatmul=lambda u: self.rmatmul(u * half) * half,
+            magnitude=jnp.where(self.is_usable, 1, self.magnitude),
+            dense=None if dense is None else lambda: dense() * half * half,
+        )
+
+
+def dense_operator(leaf: jax.Array, view: MatrixView) -> MatrixOperator:
     """Operator of a matrix that exists.
 
     Args:
-      matrix: ``[kept, projected]``, any floating dtype.
-      projects_input: Whether the projected axis is the reduction axis of the leaf.
+      leaf: One matrix in the layout of its parameter, any floating dtype.
+      view: Which of its axes are kept and projected; no batch axes.
 
     Returns:
-      The operator, working in fp32 (fp64 for fp64 input).
+      The operator, working in fp32 (fp64 for fp64 input). Its products contract the axes where
+      they are: nothing is transposed.
     """
-    dense = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-    magnitude = jnp.max(jnp.abs(dense))
-    # Half of the scaling before the product and half after it: neither overflows.
-    half = jax.lax.rsqrt(jnp.where(magnitude > 0, magnitude, 1))
-
-    def product(transpose: bool) -> Callable[[jax.Array], jax.Array]:
-        factor = dense.T if transpose else dense
-        return lambda other: jnp.matmul(factor, other * half, precision=HIGHEST) * half
-
+    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     return MatrixOperator(
-        shape=(dense.shape[0], dense.shape[1]),
-        dtype=dense.dtype,
-        matmul=product(transpose=False),
-        rmatmul=product(transpose=True),
-        magnitude=magnitude,
-        projects_input=projects_input,
-        dense=dense,
+        shape=(view.kept_size, view.projected_size),
+        dtype=wide.dtype,
+        matmul=lambda v: view.project(wide, v, HIGHEST),
+        rmatmul=lambda u: view.transposed.project(wide, u, HIGHEST),
+        magnitude=jnp.max(jnp.abs(wide)),
+        projects_input=view.projects_input,
+        dense=lambda: view.to_matrices(wide),
     )
+
+
+def select_operator(
+    choice: jax.Array | int, makers: Sequence[Callable[[], MatrixOperator]]
+) -> MatrixOperator:
+    """Operator number `choice` of several of one shape, chosen while the program runs.
+
+    Chooses between products, not between matrices: no matrix is copied, and none leaves its place
+    when they are sharded in different ways.
+
+    Args:
+      choice: int scalar.
+      makers: Build the operators.
+
+    Returns:
+      The chosen operator.
+    """
+    if len(makers) == 1:
+        return makers[0]()
+    like = makers[0]()  # for its static fields; what it computes here is never used
+
+    def switch(pick: Callable[[MatrixOperator], Callable[..., jax.Array]]) -> Callable:
+        def call(*operands: jax.Array) -> jax.Array:
+            branches = [lambda *args, make=make: pick(make())(*args) for make in makers]
+            return jax.lax.switch(choice, branches, *operands)
+
+        return call
+
+    return dataclasses.replace(
+        like,
+        matmul=switch(lambda operator: operator.matmul),
+        rmatmul=switch(lambda operator: operator.rmatmul),
+        magnitude=switch(lambda operator: lambda: operator.magnitude)(),
+        dense=None if like.dense is None else switch(_dense_of),
+    )
+
+
+def _dense_of(operator: MatrixOperator) -> Callable[[], jax.Array]:
+    assert operator.dense is not None
+    return operator.dense

@@ -23,7 +23,7 @@ def orthonormalize(columns: jax.Array, fill: jax.Array) -> jax.Array:
     axis is never gathered (a triangular solve on it would be).
 
     Args:
-      columns: ``[n, k]``, k ≤ n, finite; may be zero or rank-deficient.
+      columns: ``[n, k]``, k ≤ n, finite, its squares too; may be zero or rank-deficient.
       fill: ``[n, k]`` with independent columns of about unit norm.
 
     Returns:
@@ -33,16 +33,15 @@ def orthonormalize(columns: jax.Array, fill: jax.Array) -> jax.Array:
       Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned
       matrices", 2020.
     """
-    largest = jnp.max(jnp.abs(columns), axis=0)
-    safe = columns / jnp.where(largest > 0, largest, 1)
-    norms = jnp.sqrt(jnp.sum(safe * safe, axis=0))
-    mixed = safe / jnp.where(norms > 0, norms, 1) + _FILL * fill
+    norms = jnp.sqrt(jnp.sum(columns * columns, axis=0))
+    mixed = columns / jnp.where(norms > 0, norms, 1) + _FILL * fill
     identity = jnp.eye(columns.shape[-1], dtype=columns.dtype)
     shifts = jnp.asarray(_SHIFTS, columns.dtype)
 
     def cholesky_pass(i: jax.Array, q: jax.Array) -> jax.Array:
         gram = jnp.matmul(q.T, q, precision=HIGHEST)
-        lower = jax.lax.linalg.cholesky(gram + shifts[i] * jnp.trace(gram) * identity)
+        shifted = gram + shifts[i] * jnp.trace(gram) * identity
+        lower = jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
         inverse = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
         return jnp.matmul(q, inverse.T, precision=HIGHEST)
 

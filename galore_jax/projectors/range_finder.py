@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from galore_jax.keys import signs
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.operator import HIGHEST, MatrixOperator
 from galore_jax.projectors.orthonormal import orthonormalize
@@ -17,9 +18,9 @@ from galore_jax.projectors.orthonormal import orthonormalize
 class randomized_svd(Projector):
     """Randomized range finder, started from the previous basis when there is one.
 
-    Y ← orth(Gᵀ·(G·Y)), once for the sketch and `power_iters` times more, from a Gaussian Y. A warm
-    start puts the previous basis in the place of the sketch and only iterates: it has seen the
-    gradient before. P = Y; with oversampling, its `rank` directions of largest energy.
+    Y ← orth(Gᵀ·(G·Y)), once for the sketch and `power_iters` times more, from a Y of random signs.
+    A warm start puts the previous basis in the place of the sketch and only iterates: it has seen
+    the gradient before. P = Y; with oversampling, its `rank` directions of largest energy.
 
     Products and rank-sized factorizations only: it runs at matmul speed on accelerators, never
     gathers a sharded gradient, and needs the gradient only through G·V and Gᵀ·U.
@@ -57,7 +58,7 @@ class randomized_svd(Projector):
         sketch = cold if self.warm_start else jnp.ones((), bool)
         start = _start(previous.astype(gradient.dtype), width, sketch, key)
         columns = _power(gradient, start, self.power_iters + sketch.astype(jnp.int32))
-        return columns if width == rank else _leading(gradient, columns, rank)
+        return columns if width == rank else _leading(gradient.normalized(), columns, rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _start(previous: jax.Array, width: int, sketch: jax.Array, key: jax.Array) -
     rows, rank = previous.shape
 
     def random_columns(count: int) -> jax.Array:
-        return jax.random.normal(key, (rows, count), previous.dtype) / math.sqrt(rows)
+        return signs(key, (rows, count), previous.dtype) / math.sqrt(rows)
 
     def extend() -> jax.Array:
         if width == rank:
@@ -107,8 +108,10 @@ def _start(previous: jax.Array, width: int, sketch: jax.Array, key: jax.Array) -
 def _power(gradient: MatrixOperator, start: jax.Array, steps: jax.Array) -> jax.Array:
     """orth((GᵀG)^steps · start); directions that the gradient lacks come from `start`."""
 
+    normalized = gradient.normalized()
+
     def step(_: jax.Array, columns: jax.Array) -> jax.Array:
-        return orthonormalize(gradient.rmatmul(gradient.matmul(columns)), fill=columns)
+        return orthonormalize(normalized.rmatmul(normalized.matmul(columns)), fill=columns)
 
     # A loop with a traced count: one copy of the code serves cold and warm starts.
     return jax.lax.fori_loop(0, steps, step, start)

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from galore_jax.codecs import Codec
-from galore_jax.keys import matrix_keys, path_hash
+from galore_jax.keys import matrix_keys
 from galore_jax.projectors import Projector
 from galore_jax.refresh import MatrixSlots, RefreshPolicy
 from galore_jax.transforms import subspace
@@ -242,8 +241,7 @@ def _refresh(
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if leaf.plan.is_projected and not isinstance(leaf.gradient, ProjectedGradient):
-            groups.setdefault(_alike(leaf.plan), []).append(i)
-    keys = _keys(config, count, [leaf.plan for leaf in leaves])
+            groups.setdefault(_alike(leaf), []).append(i)
     refreshed: list[subspace.Refreshed | None] = [None] * len(leaves)
     for members in groups.values():
         candidates = [
@@ -253,7 +251,9 @@ def _refresh(
                 stored=leaves[i].stored,
                 due=leaves[i].due,
                 cold=leaves[i].refreshes == 0,
-                key=keys[i],
+                key=matrix_keys(
+                    config.seed, count, leaves[i].plan.path, _batch_shape(leaves[i].plan)
+                ),
             )
             for i in members
         ]
@@ -262,31 +262,13 @@ def _refresh(
     return refreshed
 
 
-def _keys(config: LowRankConfig, count: jax.Array, plans: list[LeafPlan]) -> list[jax.Array]:
-    """``key[*batch]`` per leaf."""
-    sizes = [plan.view.num_matrices if plan.view else 0 for plan in plans]
-    if sum(sizes) == 0:
-        return [jnp.zeros(())] * len(plans)
-    hashes = [path_hash(plan.path) for plan in plans]
-    keys = matrix_keys(
-        config.seed,
-        count,
-        hashed_paths=np.repeat(np.asarray(hashes, np.uint32), sizes),
-        indices=np.concatenate([np.arange(size) for size in sizes]),
-    )
-    parts = jnp.split(keys, np.cumsum(sizes)[:-1])
-    return [
-        part.reshape(_batch_shape(plan)) if plan.view else part
-        for plan, part in zip(plans, parts, strict=True)
-    ]
-
-
-def _alike(plan: LeafPlan) -> Any:
+def _alike(leaf: _Leaf) -> Any:
     """What two leaves share if they are the same weight of two layers.
 
-    Same shape is not enough: a query and an output kernel may be sharded differently, and one
-    loop over both would move one of them between devices.
+    Equal shapes are not enough: a query and an output kernel may be sharded differently, and their
+    bases would have to move between devices to be looped over together.
     """
+    plan = leaf.plan
     return re.sub(r"\d+", "#", plan.path), plan.view, plan.rank, plan.dtype
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projectors import MatrixOperator, dense_operator
+from galore_jax.projectors import MatrixOperator, dense_operator, select_operator
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan, ProjectedGradient
 
@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
       stored: Its stored bases.
       due: ``bool[*batch]``.
       cold: ``bool[*batch]``, True where the stored basis is still the initial one.
-      key: ``key[*batch]``, randomness for this step.
+      key: ``uint32[*batch, 2]``, randomness for this step.
     """
 
     plan: LeafPlan
@@ -117,31 +117,34 @@ def _refresh_due(config: LowRankConfig, group: list[Candidate]) -> list[Refreshe
         _concatenate(view.batch_shape, [getattr(leaf, name) for leaf in group])
         for name in ("due", "cold", "key", "stored")
     )
-    matrices = [functools.partial(view.matrix, leaf.gradient) for leaf in group]
 
     def body(progress: _Progress) -> _Progress:
-        number = jnp.argmax(progress.left)
-        leaf, index = number // view.num_matrices, number % view.num_matrices
-        gradient = dense_operator(
-            matrices[0](index) if len(group) == 1 else jax.lax.switch(leaf, matrices, index),
-            projects_input=view.projects_input,
-        )
+        # Unsigned: an index that cannot be negative needs no wrapping around.
+        number = jnp.argmax(progress.left).astype(jnp.uint32)
+        leaf, index = (0, number) if len(group) == 1 else jnp.divmod(number, view.num_matrices)
         refreshed = _refresh_matrix(
             config,
             plan,
-            gradient,
-            jax.tree.map(lambda part: part[number], progress.refreshed.stored),
-            cold=cold[number],
-            key=key[number],
+            select_operator(leaf, [functools.partial(_operator, c, index) for c in group]),
+            jax.tree.map(lambda parts: _at(parts, number), progress.refreshed.stored),
+            cold=_at(cold, number),
+            key=_at(key, number),
         )
-        return _Progress(
-            progress.left.at[number].set(False),
-            jax.tree.map(lambda all_, one: all_.at[number].set(one), progress.refreshed, refreshed),
+        return jax.tree.map(
+            lambda parts, part: jax.lax.dynamic_update_index_in_dim(parts, part, number, 0),
+            progress,
+            _Progress(jnp.zeros((), bool), refreshed),
         )
 
     start = _Progress(due, Refreshed(stored, jnp.zeros_like(due)))
     done = jax.lax.while_loop(lambda progress: jnp.any(progress.left), body, start)
     return _split(view.batch_shape, len(group), done.refreshed)
+
+
+def _operator(candidate: Candidate, index: jax.Array) -> MatrixOperator:
+    view = candidate.plan.view
+    assert view is not None
+    return dense_operator(view.entry(candidate.gradient, index), view.unbatched)
 
 
 def _refresh_matrix(
@@ -245,6 +248,10 @@ def _over_batch(fn: Callable[..., jax.Array], plan: LeafPlan) -> Callable[..., j
     for _ in plan.view.batch:
         fn = jax.vmap(fn)
     return fn
+
+
+def _at(parts: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(parts, number, 0, keepdims=False)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

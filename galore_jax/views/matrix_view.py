@@ -60,21 +60,49 @@ class MatrixView:
     def low_rank_shape(self, rank: int) -> tuple[int, ...]:
         return (*self.batch_shape, self.kept_size, rank)
 
-    def matrix(self, leaf: jax.Array, index: jax.Array | int = 0) -> jax.Array:
-        """Matrix number `index` along the flattened batch axes, as ``[kept, projected]``."""
+    def entry(self, leaf: jax.Array, index: jax.Array | int = 0) -> jax.Array:
+        """Entry number `index` along the flattened batch axes, in the leaf's own axis order."""
         for axis, position in sorted(zip(self.batch, self._unravel(index), strict=True))[::-1]:
             leaf = jax.lax.dynamic_index_in_dim(leaf, position, axis, keepdims=False)
-        remaining = sorted(self.kept + self.projected)
-        order = [remaining.index(axis) for axis in self.kept + self.projected]
-        return leaf.transpose(order).reshape(self.kept_size, self.projected_size)
+        return leaf
 
-    def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
+    @property
+    def unbatched(self) -> MatrixView:
+        """The view of one `entry`."""
+        remaining = sorted(self.kept + self.projected)
+        return MatrixView(
+            shape=self._sizes(tuple(remaining)),
+            batch=(),
+            kept=tuple(remaining.index(axis) for axis in self.kept),
+            projected=tuple(remaining.index(axis) for axis in self.projected),
+            projects_input=self.projects_input,
+        )
+
+    @property
+    def transposed(self) -> MatrixView:
+        """The view with kept and projected axes exchanged."""
+        return dataclasses.replace(
+            self, kept=self.projected, projected=self.kept, projects_input=not self.projects_input
+        )
+
+    def to_matrices(self, leaf: jax.Array) -> jax.Array:
+        """``[*batch, kept, projected]``; transposes, which `project` does not."""
+        matrices = leaf.transpose(self.batch + self.kept + self.projected)
+        return matrices.reshape(*self.batch_shape, self.kept_size, self.projected_size)
+
+    def project(
+        self,
+        leaf: jax.Array,
+        basis: jax.Array,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> jax.Array:
         """R = G·P, ``[*batch, kept, rank]``; accumulates in the basis dtype."""
         batch, kept, projected, full = self._letters()
         low_rank = jnp.einsum(
             f"{full},{batch}{projected}Z->{batch}{kept}Z",
             leaf,
             self._unflatten(basis, self.projected).astype(leaf.dtype),
+            precision=precision,
             preferred_element_type=basis.dtype,
         )
         return low_rank.reshape(self.low_rank_shape(basis.shape[-1]))
@@ -106,10 +134,10 @@ class MatrixView:
 
     def _unravel(self, index: jax.Array | int) -> tuple[jax.Array | int, ...]:
         positions: list[jax.Array | int] = []
-        for size in reversed(self.batch_shape):
+        for size in reversed(self.batch_shape[1:]):
             positions.append(index % size)
             index = index // size
-        return tuple(reversed(positions))
+        return (index, *reversed(positions)) if self.batch else ()
 
 
 def matrix_view(shape: tuple[int, ...], axes: MatrixAxes, side: Side) -> MatrixView:
