@@ -2,7 +2,12 @@
 
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.exact import gram_eigh, svd
-from galore_jax.projectors.operator import MatrixOperator, dense_operator, select_operator
+from galore_jax.projectors.operator import (
+    MatrixOperator,
+    dense_operator,
+    select_operator,
+    working_dtype,
+)
 from galore_jax.projectors.random import random_orthonormal
 from galore_jax.projectors.range_finder import randomized_svd, subspace_iteration
 
@@ -16,4 +21,5 @@ __all__ = [
     "select_operator",
     "subspace_iteration",
     "svd",
+    "working_dtype",
 ]

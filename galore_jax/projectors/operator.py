@@ -58,6 +58,12 @@ class MatrixOperator:
         )
 
 
+def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Precision in which a basis is found and kept: fp64 for fp64 leaves, fp32 for all others."""
+    # Not promote_types, which strict promotion forbids.
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 def dense_operator(leaf: jax.Array, view: MatrixView) -> MatrixOperator:
     """Operator of a matrix that exists.
 
@@ -69,7 +75,7 @@ def dense_operator(leaf: jax.Array, view: MatrixView) -> MatrixOperator:
       The operator, working in fp32 (fp64 for fp64 input). Its products contract the axes where
       they are: nothing is transposed.
     """
-    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    wide = leaf.astype(working_dtype(leaf.dtype))
     return MatrixOperator(
         shape=(view.kept_size, view.projected_size),
         dtype=wide.dtype,

@@ -33,7 +33,7 @@ def orthonormalize(columns: jax.Array, fill: jax.Array) -> jax.Array:
       Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned
       matrices", 2020.
     """
-    norms = jnp.sqrt(jnp.sum(columns * columns, axis=0))
+    norms = jnp.sqrt(jnp.sum(columns * columns, axis=0, keepdims=True))
     mixed = columns / jnp.where(norms > 0, norms, 1) + _FILL * fill
     identity = jnp.eye(columns.shape[-1], dtype=columns.dtype)
     shifts = jnp.asarray(_SHIFTS, columns.dtype)

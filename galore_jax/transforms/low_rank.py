@@ -313,7 +313,7 @@ def _decide(
         for leaf, now, soon in zip(leaves, moved, planned, strict=True)
     ]
     refreshes = [
-        leaf.refreshes if now is None else leaf.refreshes + now
+        leaf.refreshes if now is None else leaf.refreshes + now.astype(jnp.int32)
         for leaf, now in zip(leaves, moved, strict=True)
     ]
     return RefreshState(treedef.unflatten(due), treedef.unflatten(refreshes), memory)

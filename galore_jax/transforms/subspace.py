@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projectors import MatrixOperator, dense_operator, select_operator
+from galore_jax.projectors import MatrixOperator, dense_operator, select_operator, working_dtype
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan, ProjectedGradient
 
@@ -46,14 +46,9 @@ class Candidate(NamedTuple):
     key: jax.Array
 
 
-def basis_dtype(plan: LeafPlan) -> jax.typing.DTypeLike:
-    """Working precision of a leaf's basis: fp32, or fp64 for fp64 leaves."""
-    return jnp.promote_types(plan.dtype, jnp.float32)
-
-
 def decode(config: LowRankConfig, plan: LeafPlan, stored: Any) -> jax.Array:
     """The basis that projects and lifts, ``[*batch, projected, rank]``."""
-    return config.codec.decode(stored, basis_dtype(plan))
+    return config.codec.decode(stored, working_dtype(plan.dtype))
 
 
 def check_stored(config: LowRankConfig, plan: LeafPlan, stored: Any) -> None:
@@ -74,7 +69,7 @@ def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
     assert plan.view is not None
     *_, projected, rank = shape = plan.view.basis_shape(plan.rank)
     return config.codec.encode(
-        jnp.broadcast_to(jnp.eye(projected, rank, dtype=basis_dtype(plan)), shape)
+        jnp.broadcast_to(jnp.eye(projected, rank, dtype=working_dtype(plan.dtype)), shape)
     )
 
 
@@ -160,7 +155,7 @@ def _refresh_matrix(
     basis = config.projector.basis(gradient, plan.rank, previous=previous, cold=cold, key=key)
     basis = config.transport.turn(basis, previous)
     usable = gradient.is_usable & jnp.all(jnp.isfinite(basis))
-    encoded = config.codec.encode(basis.astype(basis_dtype(plan)))
+    encoded = config.codec.encode(basis.astype(working_dtype(plan.dtype)))
     return Refreshed(_where(usable, encoded, stored), usable)
 
 

@@ -127,7 +127,8 @@ def _map_registered(state: Any, treedef: Any, fn: Callable[[int, Moments], Momen
             Moments(
                 {name: here[name] for name in names.first},
                 {name: here[name] for name in names.second},
-                getattr(state, "count", None),
+                # Not getattr: every tuple has a method of that name.
+                state.count if "count" in state._fields else None,
             ),
         )
         for name, moment in {**moments.first, **moments.second}.items():

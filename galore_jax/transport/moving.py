@@ -142,7 +142,7 @@ def _bias(decay: float, count: jax.Array | None, dtype: jax.typing.DTypeLike) ->
     """1 − decayᵗ; one for a state that does not count."""
     if count is None:
         return jnp.ones((), dtype)
-    return 1 - jnp.asarray(decay, dtype) ** jnp.maximum(count, 1)
+    return 1 - jnp.asarray(decay, dtype) ** jnp.maximum(count, 1).astype(dtype)
 
 
 def _swap(x: jax.Array) -> jax.Array:
