@@ -74,7 +74,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       >>> params = {"embed": jnp.zeros((512, 64)), "up": jnp.zeros((64, 256))}
       >>> print(gj.describe(gj.galore_adamw(1e-2, rank=16), params))
       path   shape     projected  side   rank  state      why
-      -----  --------  ---------  -----  ----  ---------  ----------------------------
+      -----  --------  ---------  -----  ----  ---------  -----------------------------
       embed  (512,64)  no                      256.0 KiB  embedding, head, norm or bias
       up     (64,256)  yes        input  16    36.0 KiB   projected
       2 leaves, state 292.0 KiB

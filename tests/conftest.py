@@ -1,0 +1,105 @@
+"""Eight simulated CPU devices, and no promotion that nobody asked for."""
+
+import os
+
+# The suite compiles far more than it computes: LLVM need not optimise (HLO is the same).
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_jax import projectors
+from galore_jax.views import MatrixAxes
+from galore_jax.views.matrix_view import matrix_view
+
+EXAMPLES = Path(__file__).parent / "examples"
+
+# Every projector, with the options that take another path through it.
+PROJECTORS = [
+    projectors.svd(),
+    projectors.gram_eigh(),
+    projectors.randomized_svd(),
+    projectors.randomized_svd(oversample=3, power_iters=2),
+    projectors.randomized_svd(oversample=100, power_iters=0, warm_start=False),
+    projectors.subspace_iteration(),
+    projectors.random_orthonormal(),
+]
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "standard_promotion: runs optax code that mixes dtypes (Adam's bias correction does)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """Mixed dtypes and silently broadcast ranks are errors, except in the examples."""
+    if EXAMPLES in request.node.path.parents or request.node.get_closest_marker(
+        "standard_promotion"
+    ):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def relaxed():
+    """`relaxed(inner)`: optax's transformation mixes dtypes as it likes, the lens may not."""
+
+    def relaxed(inner):
+        def update(updates, state, params=None):
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                return inner.update(updates, state, params)
+
+        return optax.GradientTransformation(inner.init, update)
+
+    return relaxed
+
+
+@pytest.fixture(params=PROJECTORS, ids=repr)
+def projector(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def find_basis():
+    """`find_basis(projector, matrix, rank, ...)`: the basis of one matrix `[kept, projected]`."""
+
+    @functools.partial(jax.jit, static_argnames=("projector", "rank", "projects_input"))
+    def find(projector, matrix, previous, cold, key, *, rank, projects_input):
+        leaf, side = (matrix.T, "input") if projects_input else (matrix, "output")
+        view = matrix_view(leaf.shape, MatrixAxes(), side)
+        operator = projectors.dense_operator(leaf, view)
+        return projector.basis(operator, rank, previous=previous, cold=cold, key=key)
+
+    def find_basis(projector, matrix, rank, *, previous=None, seed=0, projects_input=True):
+        matrix = jnp.asarray(matrix)
+        dtype = jnp.float64 if matrix.dtype == jnp.float64 else jnp.float32
+        start = jnp.eye(matrix.shape[1], rank, dtype=dtype) if previous is None else previous
+        return find(
+            projector,
+            matrix,
+            jnp.asarray(start, dtype),
+            jnp.asarray(previous is None),
+            np.random.default_rng(seed).integers(2**32, size=2, dtype=np.uint32),
+            rank=rank,
+            projects_input=projects_input,
+        )
+
+    return find_basis

@@ -1,0 +1,96 @@
+"""The public names, and that each of them explains itself."""
+
+import inspect
+
+import pytest
+
+import galore_jax as gj
+
+TOP_LEVEL = {
+    "STATIC_ARGS",
+    "LowRankState",
+    "MatrixAxes",
+    "ProjectedGradient",
+    "all_matrices",
+    "codecs",
+    "describe",
+    "galore",
+    "galore_adafactor",
+    "galore_adamw",
+    "galore_lion",
+    "galore_sgd",
+    "low_rank_projection",
+    "projectors",
+    "refresh",
+    "scale_by_factored_rms",
+    "transport",
+    "views",
+}
+SEAMS = {
+    "projectors": {
+        "gram_eigh",
+        "random_orthonormal",
+        "randomized_svd",
+        "subspace_iteration",
+        "svd",
+    },
+    "refresh": {"every", "staggered"},
+    "transport": {"align", "keep", "register_moment", "reset", "rotate"},
+    "codecs": {"cast", "identity"},
+}
+ALIASES = (gj.galore, gj.galore_adamw, gj.galore_adafactor, gj.galore_lion, gj.galore_sgd)
+DOCUMENTED = [
+    *(getattr(gj, name) for name in sorted(TOP_LEVEL) if callable(getattr(gj, name))),
+    *(getattr(getattr(gj, seam), name) for seam, names in SEAMS.items() for name in sorted(names)),
+]
+
+
+def test_all_is_the_documented_list():
+    assert set(gj.__all__) == TOP_LEVEL
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_seams_export_their_implementations(seam):
+    assert set(getattr(gj, seam).__all__) >= SEAMS[seam]
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=lambda alias: alias.__name__)
+def test_static_args_belong_to_every_alias(alias):
+    assert set(gj.STATIC_ARGS) <= set(inspect.signature(alias).parameters)
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=lambda alias: alias.__name__)
+def test_options_of_the_lens_reach_every_alias(alias):
+    lens = set(inspect.signature(gj.low_rank_projection).parameters)
+    renamed = {"inner", "refresh"}  # the alias' own optimizer, update_proj_gap
+    assert lens - renamed <= set(inspect.signature(alias).parameters)
+
+
+@pytest.mark.parametrize("thing", DOCUMENTED, ids=lambda thing: thing.__name__)
+def test_docstrings_have_an_example(thing):
+    doc = inspect.getdoc(thing)
+    assert doc is not None
+    is_state = thing is gj.LowRankState
+    assert is_state or ">>>" in doc
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        gj.projectors.randomized_svd(),
+        gj.projectors.svd(),
+        gj.refresh.every(3),
+        gj.transport.rotate(b2=0.9),
+        gj.codecs.cast("bfloat16"),
+    ],
+    ids=repr,
+)
+def test_values_are_static(value):
+    # inject_hyperparams calls anything callable; jit hashes anything static.
+    assert not callable(value)
+    assert hash(value) == hash(
+        eval(
+            repr(value),
+            vars(gj.projectors) | vars(gj.refresh) | vars(gj.transport) | vars(gj.codecs),
+        )
+    )
