@@ -15,9 +15,10 @@ from galore_jax.refresh import RefreshPolicy
 from galore_jax.transforms import low_rank_projection, scale_by_factored_rms
 from galore_jax.transport import Transport
 from galore_jax.views import ProjectedGradient, leaf_plan
+from galore_jax.views.axes import axes_rule
 from galore_jax.views.leaves import flatten_leaves
 from galore_jax.views.matrix_view import Side
-from galore_jax.views.plan import RankLike
+from galore_jax.views.plan import RankLike, Rules
 from galore_jax.views.targets import Targets
 
 STATIC_ARGS = (
@@ -52,8 +53,8 @@ def galore(
     side: Side = "short",
     targets: Targets = None,
     codec: Codec | None = None,
-    state_dtype: jax.typing.DTypeLike = jnp.float32,
-    seed: int = 0,
+    state_dtype: jax.typing.DTypeLike = "float32",
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GaLore around any gradient transformation; call-compatible with `optax.contrib.galore`.
 
@@ -80,7 +81,7 @@ def galore(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored.
       state_dtype: Floating dtype of the moments.
-      seed: Seed of randomized projectors.
+      seed: Seed of randomized projectors; None means 0.
 
     Returns:
       A gradient transformation.
@@ -144,8 +145,8 @@ def galore_adamw(
     side: Side = "short",
     targets: Targets = None,
     codec: Codec | None = None,
-    state_dtype: jax.typing.DTypeLike = jnp.float32,
-    seed: int = 0,
+    state_dtype: jax.typing.DTypeLike = "float32",
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with low-rank moments, and the paper's α.
 
@@ -169,7 +170,7 @@ def galore_adamw(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored.
       state_dtype: Floating dtype of the moments.
-      seed: Seed of randomized projectors.
+      seed: Seed of randomized projectors; None means 0.
 
     Returns:
       A gradient transformation.
@@ -222,8 +223,8 @@ def galore_lion(
     side: Side = "short",
     targets: Targets = None,
     codec: Codec | None = None,
-    state_dtype: jax.typing.DTypeLike = jnp.float32,
-    seed: int = 0,
+    state_dtype: jax.typing.DTypeLike = "float32",
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion with a low-rank momentum.
 
@@ -248,7 +249,7 @@ def galore_lion(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored.
       state_dtype: Floating dtype of the moments.
-      seed: Seed of randomized projectors.
+      seed: Seed of randomized projectors; None means 0.
 
     Returns:
       A gradient transformation.
@@ -299,8 +300,8 @@ def galore_sgd(
     side: Side = "short",
     targets: Targets = None,
     codec: Codec | None = None,
-    state_dtype: jax.typing.DTypeLike = jnp.float32,
-    seed: int = 0,
+    state_dtype: jax.typing.DTypeLike = "float32",
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD, optionally with a low-rank momentum.
 
@@ -323,7 +324,7 @@ def galore_sgd(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored.
       state_dtype: Floating dtype of the moments.
-      seed: Seed of randomized projectors.
+      seed: Seed of randomized projectors; None means 0.
 
     Returns:
       A gradient transformation.
@@ -375,8 +376,8 @@ def galore_adafactor(
     side: Side = "short",
     targets: Targets = None,
     codec: Codec | None = None,
-    state_dtype: jax.typing.DTypeLike = jnp.float32,
-    seed: int = 0,
+    state_dtype: jax.typing.DTypeLike = "float32",
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adafactor in the subspace: factored second moments however small the rank.
 
@@ -406,7 +407,7 @@ def galore_adafactor(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored.
       state_dtype: Floating dtype of the moments.
-      seed: Seed of randomized projectors.
+      seed: Seed of randomized projectors; None means 0.
 
     Returns:
       A gradient transformation.
@@ -422,33 +423,36 @@ def galore_adafactor(
       Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018.
     """
     ema = optax.identity() if momentum is None else optax.ema(momentum, debias=False)
-    lens = low_rank_projection(
-        optax.chain(scale_by_factored_rms(decay_rate, epsilon, clipping_threshold), ema),
-        rank,
-        projector=projector,
-        refresh=update_proj_gap,
-        transport=transport,
-        scale=scale,
-        side=side,
-        axes=axes,
-        targets=targets,
-        codec=codec,
-        state_dtype=state_dtype,
-        seed=seed,
-    )
     clip = (
         optax.identity()
         if clipping_threshold is None
         else optax.clip_by_block_rms(clipping_threshold)
     )
-    full = optax.chain(
-        optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=epsilon), clip, ema
+    full_rms = optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=epsilon)
+    options = {
+        "projector": projector,
+        "refresh": update_proj_gap,
+        "transport": transport,
+        "scale": scale,
+        "side": side,
+        "codec": codec,
+        "state_dtype": state_dtype,
+        "seed": seed,
+    }
+    projected = low_rank_projection(
+        optax.chain(scale_by_factored_rms(decay_rate, epsilon, clipping_threshold), ema),
+        rank,
+        axes=axes,
+        targets=targets,
+        **options,
+    )
+    full = low_rank_projection(
+        optax.chain(_shapes_for(full_rms), clip, ema), rank, targets=_no_leaf, **options
     )
     return _with_decay_and_rate(
-        # optax's factored RMS reads the shapes of parameters, which exist only outside the lens.
         optax.partition(
-            {"projected": lens, "full": full, "none": optax.identity()},
-            _labels(lens),
+            {True: projected, False: full},
+            _is_projected(Rules(rank, side, axes_rule(axes), targets)),
         ),
         weight_decay,
         mask,
@@ -456,9 +460,24 @@ def galore_adafactor(
     )
 
 
-def _labels(lens: optax.GradientTransformationExtraArgs) -> Callable[[Any], Any]:
-    """Labels of the leaves that `lens` projects, leaves at full size, or ignores."""
-    config = lens.init({}).config
+def _shapes_for(rms: optax.GradientTransformation) -> optax.GradientTransformation:
+    """optax's factored RMS asks for `params` and reads their shapes: those of the updates."""
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return rms.update(updates, state, updates)
+
+    return optax.GradientTransformation(rms.init, update_fn)
+
+
+def _no_leaf(path: str, leaf: Any) -> bool:
+    """Targets of a lens that only changes the dtype of the state."""
+    del path, leaf
+    return False
+
+
+def _is_projected(rules: Rules) -> Callable[[Any], Any]:
+    """Labels for `optax.partition`: which leaves `rules` project."""
 
     def label(tree: Any) -> Any:
         leaves, treedef = flatten_leaves(tree)
@@ -466,12 +485,11 @@ def _labels(lens: optax.GradientTransformationExtraArgs) -> Callable[[Any], Any]
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         done = [isinstance(leaf, ProjectedGradient) for leaf in leaves]
         plans = leaf_plan(
-            config,
+            rules,
             treedef.unflatten(scalar if d else leaf for d, leaf in zip(done, leaves, strict=True)),
         )
         return treedef.unflatten(
-            "projected" if d or plan.is_projected else "full" if plan.is_inexact else "none"
-            for d, plan in zip(done, plans, strict=True)
+            d or plan.is_projected for d, plan in zip(done, plans, strict=True)
         )
 
     return label

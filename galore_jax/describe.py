@@ -60,7 +60,8 @@ class Description:
 def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     """What `tx` does to every leaf of `params`: projected or not, side, rank, bytes of state.
 
-    Allocates nothing; `tx` may be any chain with any number of lenses in it.
+    Allocates nothing; `tx` may be any chain with any number of lenses in it. An array of the state
+    is counted for the parameter whose path ends its own.
 
     Args:
       tx: An optax transformation.
@@ -102,9 +103,14 @@ def _plans(state: Any, params: Any) -> dict[str, LeafPlan]:
         if not isinstance(lens, LowRankState):
             continue
         seen = set(leaf_paths(lens.projectors))
-        for plan in leaf_plan(lens.config, params):
-            if plan.path in seen:
-                plans[plan.path] = plan
+        paths = leaf_paths(params)
+        leaves, treedef = flatten_leaves(params)
+        # As the lens got them: under a mask the other leaves are not there.
+        own = treedef.unflatten(
+            leaf if path in seen else optax.MaskedNode()
+            for path, leaf in zip(paths, leaves, strict=True)
+        )
+        plans.update({plan.path: plan for plan in leaf_plan(lens.config, own)})
     return plans
 
 
@@ -115,9 +121,8 @@ def _bytes_per_leaf(state: Any, paths: list[str]) -> dict[str, int]:
         if array.ndim == 0:
             continue  # counts, flags and placeholders
         parts = path.split("/")
-        owner = next(
-            (tail for i in range(len(parts)) if (tail := "/".join(parts[i:])) in sizes), None
-        )
+        tails = ("/".join(parts[i:]) for i in range(len(parts) + 1))  # a lone array has path ""
+        owner = next((tail for tail in tails if tail in sizes), None)
         if owner is not None:
             sizes[owner] += math.prod(array.shape) * array.dtype.itemsize
     return sizes

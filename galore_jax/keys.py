@@ -39,8 +39,8 @@ def matrix_keys(seed: int, count: jax.Array, path: str, batch_shape: tuple[int, 
     return jnp.stack([word, _mix(word)], axis=-1)
 
 
-def signs(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Random signs, +1 or -1: all the randomness that a sketch needs.
+def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Random numbers between -1 and 1: all the randomness that a sketch needs.
 
     Args:
       key: ``uint32[2]``.
@@ -48,11 +48,11 @@ def signs(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -
       dtype: Its floating dtype.
 
     Returns:
-      An array of hashed counters' lowest bits, as signs.
+      An array of hashed counters.
     """
     counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     bits = _mix(_mix(counter ^ key[0]) + key[1])
-    return 1 - 2 * (bits & 1).astype(dtype)
+    return bits.astype(jnp.int32).astype(dtype) * 2.0**-31
 
 
 def _mix(word: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from galore_jax.keys import signs
+from galore_jax.keys import uniform
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.operator import HIGHEST, MatrixOperator
 from galore_jax.projectors.orthonormal import orthonormalize
@@ -18,7 +18,7 @@ from galore_jax.projectors.orthonormal import orthonormalize
 class randomized_svd(Projector):
     """Randomized range finder, started from the previous basis when there is one.
 
-    Y ← orth(Gᵀ·(G·Y)), once for the sketch and `power_iters` times more, from a Y of random signs.
+    Y ← orth(Gᵀ·(G·Y)), once for the sketch and `power_iters` times more, from a random Y.
     A warm start puts the previous basis in the place of the sketch and only iterates: it has seen
     the gradient before. P = Y; with oversampling, its `rank` directions of largest energy.
 
@@ -95,7 +95,7 @@ def _start(previous: jax.Array, width: int, sketch: jax.Array, key: jax.Array) -
     rows, rank = previous.shape
 
     def random_columns(count: int) -> jax.Array:
-        return signs(key, (rows, count), previous.dtype) / math.sqrt(rows)
+        return uniform(key, (rows, count), previous.dtype) * math.sqrt(3 / rows)
 
     def extend() -> jax.Array:
         if width == rank:

@@ -50,7 +50,7 @@ def low_rank_config(
     targets: Targets,
     codec: Codec | None,
     state_dtype: jax.typing.DTypeLike,
-    seed: int,
+    seed: int | None,
 ) -> LowRankConfig:
     """Fills in the defaults and checks everything that can be checked without parameters."""
     check_rank(rank)
@@ -68,8 +68,13 @@ def low_rank_config(
     dtype = jnp.dtype(state_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`state_dtype` must be a floating dtype, got {dtype.name}.")
+    if seed is None:
+        seed = 0
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be a Python integer, got {seed!r}.")
+        raise TypeError(
+            f"`seed` must be a Python integer, got {seed!r}. Under optax.inject_hyperparams pass "
+            "static_args=galore_jax.STATIC_ARGS."
+        )
     return LowRankConfig(
         rank=rank,
         side=side,

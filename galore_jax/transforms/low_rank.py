@@ -71,8 +71,8 @@ def low_rank_projection(
     axes: Any = None,
     targets: Targets = None,
     codec: Codec | None = None,
-    state_dtype: jax.typing.DTypeLike = jnp.float32,
-    seed: int = 0,
+    state_dtype: jax.typing.DTypeLike = "float32",
+    seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs any gradient transformation in a low-rank subspace of each matrix.
 
@@ -106,7 +106,7 @@ def low_rank_projection(
         regex searched in the path, or a ``callable(path, leaf) -> bool``.
       codec: How a basis is stored; default ``codecs.identity()``.
       state_dtype: Floating dtype of what `inner` sees.
-      seed: Seed of randomized projectors.
+      seed: Seed of randomized projectors; None means 0.
 
     Returns:
       A gradient transformation with a `LowRankState`.
@@ -179,7 +179,7 @@ def low_rank_projection(
     ) -> tuple[optax.Updates, LowRankState]:
         check_same_storage(config, state.config)
         gradients, treedef = flatten_leaves(updates)
-        plans = leaf_plan(config, _full_shapes(updates, params))
+        plans = leaf_plan(config, subspace.full_shapes(updates, params))
         per_leaf = map(
             treedef.flatten_up_to,
             (state.projectors, state.refresh_state.due, state.refresh_state.refreshes),
@@ -276,6 +276,11 @@ def _enter(config: LowRankConfig, leaf: _Leaf, refreshed: subspace.Refreshed | N
     """Projects the gradient onto the bases of this step."""
     plan, gradient = leaf.plan, leaf.gradient
     if not plan.is_projected:
+        if isinstance(gradient, ProjectedGradient):
+            raise ValueError(
+                f"leaf {plan.path!r} of shape {plan.shape} is not projected by this lens "
+                f"({plan.reason}), but its gradient is a ProjectedGradient: pass the gradient."
+            )
         return _Entered(at_full_size(config, plan, gradient), leaf.stored, None)
     old = subspace.decode(config, plan, leaf.stored)
     if refreshed is None:
@@ -331,18 +336,3 @@ def _slots(plans: list[LeafPlan]) -> list[MatrixSlots | None]:
         MatrixSlots(plan.view.batch_shape, start, sum(sizes)) if plan.view else None
         for plan, start in zip(plans, first, strict=False)
     ]
-
-
-def _full_shapes(updates: optax.Updates, params: optax.Params | None) -> Any:
-    """Shapes of the leaves; those of projected gradients are read off the parameters."""
-    leaves, treedef = flatten_leaves(updates)
-    if any(isinstance(leaf, ProjectedGradient) for leaf in leaves):
-        if params is None:
-            raise ValueError(
-                "a ProjectedGradient does not know the shape of its parameter: pass `params` to "
-                "update."
-            )
-        leaves, treedef = flatten_leaves(params)
-    return treedef.unflatten(
-        jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves
-    )

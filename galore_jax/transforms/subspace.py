@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from galore_jax.projectors import MatrixOperator, dense_operator, select_operator, working_dtype
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan, ProjectedGradient
+from galore_jax.views.leaves import flatten_leaves
 
 
 class Refreshed(NamedTuple):
@@ -202,14 +204,15 @@ def adopt(
       stored: The stored bases.
 
     Returns:
-      The stored bases with those that differ replaced (turned by the transport), and R in the
+      The stored bases with those that differ replaced (turned by the transport; never by one
+      that is not finite), and R in the
       coordinates of the result, ``[*batch, kept, rank]``.
     """
     assert plan.view is not None
     _check_shapes(plan, gradient)
     old = decode(config, plan, stored)
     new = gradient.basis.astype(old.dtype)
-    moved = jnp.any(new != old, axis=(-2, -1))
+    moved = jnp.any(new != old, axis=(-2, -1)) & jnp.all(jnp.isfinite(new), axis=(-2, -1))
 
     def turn() -> tuple[Any, jax.Array]:
         turned = _over_batch(config.transport.turn, plan)(new, old)
@@ -225,6 +228,21 @@ def adopt(
 
     result, value = jax.lax.cond(jnp.any(moved), turn, stay)
     return Refreshed(result, moved), value
+
+
+def full_shapes(updates: optax.Updates, params: optax.Params | None) -> Any:
+    """Shapes of the leaves; those of projected gradients are read off the parameters."""
+    leaves, treedef = flatten_leaves(updates)
+    if any(isinstance(leaf, ProjectedGradient) for leaf in leaves):
+        if params is None:
+            raise ValueError(
+                "a ProjectedGradient does not know the shape of its parameter: pass `params` to "
+                "update."
+            )
+        leaves, treedef = flatten_leaves(params)
+    return treedef.unflatten(
+        jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves
+    )
 
 
 def _check_shapes(plan: LeafPlan, gradient: ProjectedGradient) -> None:

@@ -24,7 +24,7 @@ def register_moment(
     """Tells the transports which fields of a state are moments.
 
     First moments are linear in the gradient (momentum), second moments are averages of squares of
-    its entries. optax's Adam, AMSGrad, AdaBelief, Lion, trace, EMA and RMS states are known.
+    its entries. optax's Adam, AMSGrad, Lion, trace, EMA and RMS states are known.
 
     Args:
       state_type: A NamedTuple class; its moment fields have the structure of the parameters.
@@ -53,7 +53,6 @@ def register_moment(
 
 register_moment(optax.ScaleByAdamState, first="mu", second="nu")
 register_moment(optax.ScaleByAmsgradState, first="mu", second=("nu", "nu_max"))
-register_moment(optax.ScaleByBeliefState, first="mu", second="nu")
 register_moment(optax.ScaleByLionState, first="mu")
 register_moment(optax.TraceState, first="trace")
 register_moment(optax.EmaState, first="ema")
@@ -115,9 +114,16 @@ def check_known(state: Any, treedef: Any) -> None:
 
 def _map_registered(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
     names = _REGISTRY[type(state)]
-    fields = {
-        name: treedef.flatten_up_to(getattr(state, name)) for name in names.first + names.second
-    }
+    try:
+        fields = {
+            name: treedef.flatten_up_to(getattr(state, name)) for name in names.first + names.second
+        }
+    except (ValueError, TypeError):
+        raise TypeError(
+            f"the moments of {type(state).__name__} do not have the structure of the parameters, "
+            "so this transport cannot carry them to a new basis. Use transport.align(), which "
+            "serves any inner transformation."
+        ) from None
     for leaf in range(treedef.num_leaves):
         here = {name: leaves[leaf] for name, leaves in fields.items()}
         if any(isinstance(moment, optax.MaskedNode) for moment in here.values()):

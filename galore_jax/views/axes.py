@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from galore_jax.views.leaves import flatten_leaves
+from galore_jax.views.leaves import leaf_paths
 
 Axes = int | tuple[int, ...]
 
@@ -120,27 +120,20 @@ def axes_rule(axes: Any) -> AxesRule:
     return AxesTree(treedef, tuple(_as_matrix_axes(leaf) for leaf in leaves))
 
 
-def as_tree(rule: AxesByPath, params: Any) -> AxesTree | None:
-    """The rule read as a tree, if its keys are exactly the leaves of a flat parameter dict."""
-    if not isinstance(params, Mapping) or set(params) != {key for key, _ in rule.rules}:
-        return None
-    if len(flatten_leaves(params)[0]) != len(params):
-        return None  # some value is a subtree: the keys can only be regexes
-    leaves, treedef = jax.tree.flatten(dict(rule.rules), is_leaf=_is_axes_or_none)
-    return AxesTree(treedef, tuple(leaves))
-
-
-def axes_per_leaf(tree: AxesTree, params: Any) -> list[MatrixAxes | None]:
-    """One entry per leaf of `params`; an entry of a prefix tree covers all leaves below it."""
+def axes_per_leaf(tree: AxesTree, params: Any) -> list[tuple[MatrixAxes | None, bool]]:
+    """Per leaf of `params` its entry, and whether that is its own or that of a subtree above it."""
     try:
         subtrees = tree.treedef.flatten_up_to(params)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError):
+        # Not chained: jax's message prints the arrays.
         raise ValueError(
-            "the `axes` tree does not match the parameter tree. Give it the structure of the "
-            "parameters (or a prefix of it), with None where a leaf is not to be projected; or "
-            f"use a {{path regex: MatrixAxes}} dict. jax says: {error}"
-        ) from error
-    entries: list[MatrixAxes | None] = []
+            "the `axes` tree does not match the parameter tree: axes have the structure "
+            f"{tree.treedef}, parameters {jax.tree.structure(params)}. Give `axes` the structure "
+            "of the parameters (or a prefix of it), with None where a leaf is not to be projected; "
+            "or use a {path regex: MatrixAxes} dict."
+        ) from None
+    entries: list[tuple[MatrixAxes | None, bool]] = []
     for axes, subtree in zip(tree.leaves, subtrees, strict=True):
-        entries += [axes] * len(flatten_leaves(subtree)[0])
+        paths = leaf_paths(subtree)
+        entries += [(axes, paths == [""])] * len(paths)
     return entries

@@ -15,7 +15,6 @@ from galore_jax.views.axes import (
     AxesRule,
     AxesTree,
     MatrixAxes,
-    as_tree,
     axes_per_leaf,
     axes_rule,
 )
@@ -37,6 +36,16 @@ class ViewRules(Protocol):
     def axes(self) -> AxesRule: ...
     @property
     def targets(self) -> Targets: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The rules alone, for planning without a lens."""
+
+    rank: RankLike
+    side: Side
+    axes: AxesRule
+    targets: Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +101,8 @@ def leaf_plan(config: ViewRules, params: Any) -> list[LeafPlan]:
       [('b', 0), ('w', 8)]
     """
     leaves, _ = flatten_leaves(params)
+    if not leaves:
+        return []  # optax.tree.map_params calls `init` with such a tree
     paths = leaf_paths(params)
     requests = _axes_requests(config.axes, params, paths)
     return [
@@ -117,12 +128,12 @@ def _axes_requests(rule: AxesRule, params: Any, paths: list[str]) -> list[_Reque
     if isinstance(rule, MatrixAxes):
         return [_Request(rule)] * len(paths)
     if isinstance(rule, AxesByPath):
-        tree = as_tree(rule, params)
-        if tree is None:
-            return [_by_path(rule, path) for path in paths]
-        return _axes_requests(tree, params, paths)
+        names = dict(rule.rules)
+        if set(paths) <= set(names):  # the parameters themselves, leaf by leaf (some masked)
+            return [_Request(names[path], explicit=True) for path in paths]
+        return [_by_path(rule, path) for path in paths]
     if isinstance(rule, AxesTree):
-        return [_Request(axes, explicit=True) for axes in axes_per_leaf(rule, params)]
+        return [_Request(axes, explicit=own) for axes, own in axes_per_leaf(rule, params)]
     return _axes_requests(axes_rule(rule(params)), params, paths)
 
 
@@ -140,6 +151,8 @@ def _plan_leaf(
         return LeafPlan(path, shape, dtype, None, 0, reason)
 
     axes, targets = request.axes, config.targets
+    if 0 in shape:
+        return full_rank("empty")
     if axes is None:
         return full_rank("axes say None")
     if len(shape) < 2 and not request.explicit:

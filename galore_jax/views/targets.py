@@ -10,7 +10,7 @@ Targets = str | Callable[[str, Any], bool] | None
 
 # Each alternative must match a whole path component: `embed`, `pos_embed`, `Embed_0`, `ln_f`, ...
 _EMBEDDINGS = r"(\w+_)?(embed|embeds|embedding|embeddings|embedder|wte|wpe)(_\w+)?"
-_OUTPUT_HEAD = r"lm_head|unembed\w*|output_head|logits"
+_OUTPUT_HEAD = r"lm_head|unembed\w*|output_head|logits\w*"
 _NORMS_AND_BIASES = r"\w*norm\w*|ln|ln_?\w{1,5}|scale|(\w+_)?bias"
 _EXCLUDED = re.compile(
     rf"(^|/)({_EMBEDDINGS}|{_OUTPUT_HEAD}|{_NORMS_AND_BIASES})(/|$)", re.IGNORECASE

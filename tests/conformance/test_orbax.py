@@ -1,0 +1,168 @@
+"""Save, restore, continue: bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+
+import conformance_cases as cc
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax as gj
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import v1
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # orbax' own
+
+BY_NAME = {case.name: case for case in cc.CASES}
+SOME = [
+    BY_NAME[name]
+    for name in ("galore_adafactor", "keep-svd-input", "rotate-randomized", "staggered-rotate-bf16")
+]
+
+
+def abstract(tree):
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def through_v0(directory, state, target):
+    with ocp.CheckpointManager(directory) as manager:
+        manager.save(0, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+        return manager.restore(0, args=ocp.args.StandardRestore(abstract(target)))
+
+
+def through_v1(directory, state, target):
+    with v1.training.Checkpointer(directory) as checkpointer:
+        checkpointer.save_checkpointables(0, {"state": state})
+    with v1.training.Checkpointer(directory) as checkpointer:
+        return checkpointer.load_checkpointables(0, {"state": abstract(target)})["state"]
+
+
+both = pytest.mark.parametrize("through", [through_v0, through_v1])
+
+
+def assert_same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@both
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_save_restore_continue_is_exact(through, case, tmp_path):
+    run, middle = cc.run(case), 2  # a refresh comes after this one
+    state = through(tmp_path / "checkpoint", run.states[middle], run.states[0])
+    assert_same_bits(state, run.states[middle])
+    with case.promotion:
+        for step in range(middle, cc.STEPS):
+            grads = cc.gradients(case.integers)[step]
+            update, state = run.step(grads, state, run.params)
+            assert_same_bits(update, run.updates[step])
+    assert_same_bits(state, run.states[-1])
+
+
+ADAM = cc.relaxed(optax.scale_by_adam())
+PARAMS = {"b": jnp.ones(9), "w": jnp.ones((6, 9))}
+GRADS = [
+    jax.tree.map(lambda p, s=seed: jax.random.normal(jax.random.key(s), p.shape), PARAMS)
+    for seed in range(4)
+]
+WRITTEN = {
+    "rank": 3, "refresh": 2, "projector": gj.projectors.svd(), "side": "short", "scale": 1.0,
+}  # fmt: skip
+
+
+def make(**changes):
+    options = WRITTEN | changes
+    return gj.low_rank_projection(ADAM, options.pop("rank"), **options)
+
+
+def written():
+    tx, state = make(), make().init(PARAMS)
+    for grads in GRADS[:3]:
+        _, state = tx.update(grads, state)
+    return state
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"refresh": 3},
+        {"refresh": gj.refresh.staggered(5)},
+        {"scale": 0.5},
+        {"transport": gj.transport.keep()},
+        {"transport": gj.transport.rotate()},
+        {"projector": gj.projectors.randomized_svd()},
+        {"seed": 7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("restored", [True, False])
+def test_what_fixes_no_shape_may_change(changes, restored, tmp_path):
+    tx, state = make(**changes), written()
+    if restored:
+        state = through_v1(tmp_path / "checkpoint", state, tx.init(PARAMS))
+    update, after = jax.jit(tx.update)(GRADS[3], state)
+    if restored:
+        assert cc.signature(after) == cc.signature(state)
+    kept, _ = make().update(GRADS[3], written())
+    factor = changes.get("scale", 1.0)  # step 3 has no refresh: everything else is as it was
+    np.testing.assert_allclose(update["w"], factor * kept["w"], atol=1e-6)
+    np.testing.assert_allclose(update["b"], kept["b"], atol=1e-6)
+    assert after.config == tx.init(PARAMS).config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank", 2),
+        ("rank", 0.5),
+        ("side", "long"),
+        ("side", "output"),
+        ("codec", gj.codecs.cast("bfloat16")),
+        ("state_dtype", jnp.bfloat16),
+    ],
+)
+def test_what_fixes_the_storage_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        make(**{field: value}).update(GRADS[3], written())
+
+
+@both
+@pytest.mark.parametrize(
+    ("field", "value"), [("rank", 2), ("side", "long"), ("codec", gj.codecs.cast("bfloat16"))]
+)
+def test_a_checkpoint_of_other_storage_is_refused_by_name(through, field, value, tmp_path):
+    """Where the target is the state that was written, with its configuration."""
+    state = through(tmp_path / "checkpoint", written(), written())
+    with pytest.raises(ValueError, match=field):
+        make(**{field: value}).update(GRADS[3], state)
+
+
+@pytest.mark.xfail(strict=True, reason="the configuration is static and no part of a checkpoint")
+@both
+def test_another_side_of_a_square_matrix_is_noticed_on_restore(through, tmp_path):
+    square = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+    before, after = make(side="input"), make(side="output")
+    _, state = before.update(square, before.init(square))
+    with pytest.raises(ValueError, match="side"):
+        after.update(square, through(tmp_path / "checkpoint", state, after.init(square)))
+
+
+def test_restored_without_a_target_it_is_plain_containers(tmp_path):
+    """Nothing in the state needs our classes to be readable: the arrays are all there."""
+    state = written()
+    with v1.training.Checkpointer(tmp_path / "checkpoint") as checkpointer:
+        checkpointer.save_checkpointables(0, {"state": state})
+    with v1.training.Checkpointer(tmp_path / "checkpoint") as checkpointer:
+        plain = checkpointer.load_checkpointables(0)["state"]
+    np.testing.assert_array_equal(plain["projectors"]["w"], state.projectors["w"])
+    assert int(plain["count"]) == 3
