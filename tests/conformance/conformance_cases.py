@@ -204,6 +204,12 @@ def lenses(state: Any) -> list[gj.LowRankState]:
     return [node for node in jax.tree.leaves(state, is_leaf=is_lens) if is_lens(node)]
 
 
+def projecting_lens(state: Any) -> gj.LowRankState:
+    """The one lens with bases; `galore_adafactor` has another for the leaves at full size."""
+    (lens,) = (s for s in lenses(state) if any(p.ndim for p in jax.tree.leaves(s.projectors)))
+    return lens
+
+
 def bases(state: Any) -> dict[str, np.ndarray]:
     """Bases by path, ``[number of matrices, projected, rank]``, float64."""
     return {

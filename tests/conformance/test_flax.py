@@ -74,11 +74,6 @@ def train(model, tx):
     return losses, optimizer
 
 
-def nnx_lens(optimizer):
-    (lens,) = cc.lenses(optimizer.opt_state)
-    return lens
-
-
 @pytest.mark.parametrize("alias", [gj.galore_adamw, gj.galore_adafactor])
 def test_nnx_optimizer(alias):
     with nnx.use_eager_sharding(False):
@@ -86,7 +81,7 @@ def test_nnx_optimizer(alias):
         losses, optimizer = train(model, alias(3e-2, weight_decay=1e-3, **OPTIONS))
     assert losses[-1] < losses[0]
     assert int(optimizer.step[...]) == 3
-    lens = nnx_lens(optimizer)
+    lens = cc.projecting_lens(optimizer.opt_state)
     assert int(jax.tree.leaves(lens.count)[0]) == 3
     shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(lens.projectors) if leaf.ndim > 0}
     # up (6, 10): input; layers (10, 10) squares; down (10, 4): output
@@ -131,7 +126,7 @@ def test_nnx_with_sharding_metadata():
         model = Network(nnx.Rngs(0), spread=nnx.with_partitioning)
         losses, optimizer = train(model, gj.galore_adamw(3e-2, **OPTIONS))
     assert losses[-1] < losses[0]
-    assert int(jax.tree.leaves(nnx_lens(optimizer).count)[0]) == 3
+    assert int(jax.tree.leaves(cc.projecting_lens(optimizer.opt_state).count)[0]) == 3
     with nnx.use_eager_sharding(False):
         bare, _ = train(Network(nnx.Rngs(0)), gj.galore_adamw(3e-2, **OPTIONS))
     np.testing.assert_allclose(losses, bare, atol=1e-5)
@@ -253,6 +248,6 @@ def test_dataclasses_with_none(alias):
         assert cc.signature((model, state)) == before
     assert losses[-1] < losses[0]
     assert model.layers[0].bias is None and model.norm is None
-    (lens,) = cc.lenses(state)
+    lens = cc.projecting_lens(state)
     shapes = sorted(x.shape for x in jax.tree.leaves(lens.projectors) if x.ndim > 0)
     assert shapes == [(4, 3), (6, 3)]

@@ -55,7 +55,7 @@ def test_everything_else_stays_at_full_size(case):
 
 
 def test_table_covers_every_choice():
-    configs = [cc.lenses(cc.run(case).states[0])[0].config for case in cc.CASES]
+    configs = [cc.projecting_lens(cc.run(case).states[0]).config for case in cc.CASES]
 
     def seen(seam):
         return {type(getattr(config, seam)) for config in configs}
@@ -147,7 +147,7 @@ def test_updates_lie_in_the_span_of_the_basis_in_use(case):
 @every_case
 def test_bases_move_when_they_are_due_and_only_then(case):
     run = cc.run(case)
-    (first,) = cc.lenses(run.states[0])
+    first = cc.projecting_lens(run.states[0])
     moves = {path: [] for path in cc.bases(run.states[0])}
     for before, after in zip(run.states[:-1], run.states[1:], strict=True):
         for path, basis in cc.bases(after).items():
@@ -166,7 +166,7 @@ def test_bases_move_when_they_are_due_and_only_then(case):
         assert np.max(per_step) <= -(-total // gap)
         for start in range(1, cc.STEPS - gap):
             assert np.sum(per_step[start : start + gap]) == total
-    (last,) = cc.lenses(run.states[-1])
+    last = cc.projecting_lens(run.states[-1])
     for path, refreshes in cc.by_path(last.refresh_state.refreshes).items():
         if path in counts:
             np.testing.assert_array_equal(np.ravel(refreshes), counts[path], err_msg=path)
@@ -175,7 +175,7 @@ def test_bases_move_when_they_are_due_and_only_then(case):
 @every_case
 def test_a_basis_in_use_catches_the_gradient_it_was_made_from(case):
     """At least what a random subspace of its dimension is expected to catch, on most matrices."""
-    (lens,) = cc.lenses(cc.run(case).states[1])
+    lens = cc.projecting_lens(cc.run(case).states[1])
     better = []
     grads = cc.by_path(cc.gradients(case.integers)[0])
     for path, basis in cc.bases(cc.run(case).states[1]).items():
@@ -427,7 +427,7 @@ def test_trees_of_the_state_have_an_array_at_every_leaf_of_the_parameters():
     for case in cc.CASES:
         if case.name == "galore_adafactor":  # optax.partition puts MaskedNode there
             continue
-        (lens,) = cc.lenses(cc.run(case).states[0])
+        lens = cc.projecting_lens(cc.run(case).states[0])
         expected = jax.tree.structure(cc.tree(integers=case.integers))
         for part in (lens.projectors, lens.refresh_state.due, lens.refresh_state.refreshes):
             assert jax.tree.structure(part) == expected
@@ -496,8 +496,8 @@ def test_useless_gradient_never_becomes_a_basis_and_is_retried(case, bad):
         before = cc.bases(state)[path]
         np.testing.assert_array_equal(basis[0], before[0], err_msg=path)
         assert np.all(np.isfinite(basis))
-    (lens,) = cc.lenses(after)
-    (previous,) = cc.lenses(state)
+    lens = cc.projecting_lens(after)
+    previous = cc.projecting_lens(state)
     retry = cc.by_path(lens.refresh_state.due)
     for path, due in cc.by_path(previous.refresh_state.due).items():
         if path in cc.bases(state):
