@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import string
 from typing import Literal, get_args
@@ -98,13 +99,18 @@ class MatrixView:
     ) -> jax.Array:
         """R = G·P, ``[*batch, kept, rank]``; accumulates in the basis dtype."""
         batch, kept, projected, full = self._letters()
-        low_rank = jnp.einsum(
-            f"{full},{batch}{projected}Z->{batch}{kept}Z",
-            leaf,
-            self._unflatten(basis, self.projected).astype(leaf.dtype),
-            precision=precision,
-            preferred_element_type=basis.dtype,
+        factor = self._unflatten(basis, self.projected).astype(leaf.dtype)
+        product = functools.partial(
+            jnp.einsum, precision=precision, preferred_element_type=basis.dtype
         )
+        if self._projected_first:
+            # Pᵀ·G, and only its small result transposed: contracting the leading axis of G as a
+            # left operand takes up to 1.7 times longer on CPU. The barrier keeps XLA from folding
+            # the transposition back into the product.
+            low_rank = product(f"{batch}{projected}Z,{full}->{batch}Z{kept}", factor, leaf)
+            low_rank = jnp.moveaxis(jax.lax.optimization_barrier(low_rank), len(batch), -1)
+        else:
+            low_rank = product(f"{full},{batch}{projected}Z->{batch}{kept}Z", leaf, factor)
         return low_rank.reshape(self.low_rank_shape(basis.shape[-1]))
 
     def lift(self, low_rank: jax.Array, basis: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -115,10 +121,14 @@ class MatrixView:
             (f"{batch}{projected}Z", self._unflatten(basis, self.projected).astype(dtype)),
         ]
         # The factor whose axes come first in the leaf goes first: no transposed full-size result.
-        if min(self.projected) < min(self.kept):
+        if self._projected_first:
             factors.reverse()
         (left, a), (right, b) = factors
         return jnp.einsum(f"{left},{right}->{full}", a, b, preferred_element_type=dtype)
+
+    @property
+    def _projected_first(self) -> bool:
+        return min(self.projected) < min(self.kept)
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
