@@ -29,9 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--name", default="optimizer_step", help="of the files in results/")
     options = parser.parse_args()
     rows = [row for size in options.sizes for row in measure(size, options.repeats)]
-    report.publish("Optimizer step on one Llama block, fp32, milliseconds", rows, "optimizer_step")
+    report.publish("Optimizer step on one Llama block, fp32, milliseconds", rows, options.name)
 
 
 def measure(name: str, repeats: int) -> list[dict[str, Any]]:
