@@ -79,7 +79,7 @@ def plot_losses(path: Path, rows: list[Row], *, unigram_nats: float, title: str)
         axes.annotate(
             f"{losses[-1]:.3f}",
             (steps[-1], losses[-1]),
-            xytext=(0, -14),
+            xytext=(0, 16),  # above the curve: below it is the frame
             textcoords="offset points",
             ha="right",
             color="tab:orange",
