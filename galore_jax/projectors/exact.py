@@ -39,7 +39,6 @@ class svd(Projector):
 
     signs: Literal["lapack", "positive"] = "lapack"
     canonical_columns = True
-    needs_dense = True
 
     def __post_init__(self):
         if self.signs not in ("lapack", "positive"):
@@ -70,7 +69,6 @@ class gram_eigh(Projector):
     """
 
     canonical_columns = True
-    needs_dense = True
 
     def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
         del cold, key

@@ -1,7 +1,7 @@
 """When a basis is recomputed."""
 
-from galore_jax.refresh.base import MatrixSlots, RefreshPolicy, as_policy
-from galore_jax.refresh.every import every
+from galore_jax.refresh.base import MatrixSlots, RefreshPolicy
+from galore_jax.refresh.every import as_policy, every
 from galore_jax.refresh.staggered import staggered
 
 __all__ = ["MatrixSlots", "RefreshPolicy", "as_policy", "every", "staggered"]

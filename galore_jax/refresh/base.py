@@ -74,10 +74,3 @@ def check_gap(gap: Any) -> None:
         raise TypeError(f"a refresh gap is an integer number of steps, got {gap!r}.{hint}")
     if gap < 1:
         raise ValueError(f"a refresh gap is at least one step, got {gap}.")
-
-
-def as_policy(refresh: Any) -> RefreshPolicy:
-    """A policy as given, or `every(n)` for an integer n."""
-    from galore_jax.refresh.every import every
-
-    return refresh if isinstance(refresh, RefreshPolicy) else every(refresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -35,3 +36,8 @@ class every(RefreshPolicy):
         del refreshed
         due = count % self.gap == 0
         return [slot and jnp.broadcast_to(due, slot.batch_shape) for slot in slots], memory
+
+
+def as_policy(refresh: Any) -> RefreshPolicy:
+    """A policy as given, or `every(n)` for an integer n."""
+    return refresh if isinstance(refresh, RefreshPolicy) else every(refresh)

@@ -31,8 +31,6 @@ class Transport:
 
     # Moments are left where they are although columns may change meaning.
     needs_canonical_columns: ClassVar[bool] = False
-    # `carry` does something: the lens must hold on to the old bases until then.
-    moves_state: ClassVar[bool] = False
 
     def turn(self, new: jax.Array, old: jax.Array) -> jax.Array:
         """Of all bases ``[projected, rank]`` of the span of `new`, the one to use after `old`."""

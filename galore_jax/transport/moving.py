@@ -14,8 +14,6 @@ from galore_jax.transport.moments import Moments, check_known, map_moments
 
 
 class _MovesMoments(Transport, abc.ABC):
-    moves_state = True
-
     def check(self, inner_state, treedef):
         check_known(inner_state, treedef)
 

@@ -162,8 +162,6 @@ def test_schedules_of_scale_and_rate():
 class _Wrong(gj.transport.Transport):
     """Keeps the moments of the first basis only in name."""
 
-    moves_state = True
-
     def carry(self, inner_state, treedef, moves):
         return jax.tree.map(lambda x: x * 0.99 if x.ndim else x, inner_state)
 
