@@ -1,16 +1,26 @@
 """GaLore, Q-GaLore and GaLore 2 as composable Optax gradient transformations."""
 
-from galore_jax import codecs, projectors, refresh, transport, views
+from galore_jax import codecs, projectors, quant, refresh, transport, views
 from galore_jax.alias import (
     STATIC_ARGS,
     galore,
     galore_adafactor,
     galore_adamw,
+    galore_adamw8bit,
     galore_lion,
     galore_sgd,
+    q_galore_adamw8bit,
 )
 from galore_jax.describe import describe
-from galore_jax.transforms import LowRankState, low_rank_projection, scale_by_factored_rms
+from galore_jax.quant import matmul
+from galore_jax.transforms import (
+    LowRankState,
+    apply_updates,
+    low_rank_projection,
+    quantized_state,
+    scale_by_adam8bit,
+    scale_by_factored_rms,
+)
 from galore_jax.views import MatrixAxes, ProjectedGradient, all_matrices
 
 __version__ = "0.1.0"
@@ -21,16 +31,23 @@ __all__ = [
     "MatrixAxes",
     "ProjectedGradient",
     "all_matrices",
+    "apply_updates",
     "codecs",
     "describe",
     "galore",
     "galore_adafactor",
     "galore_adamw",
+    "galore_adamw8bit",
     "galore_lion",
     "galore_sgd",
     "low_rank_projection",
+    "matmul",
     "projectors",
+    "q_galore_adamw8bit",
+    "quant",
+    "quantized_state",
     "refresh",
+    "scale_by_adam8bit",
     "scale_by_factored_rms",
     "transport",
     "views",

@@ -7,12 +7,11 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from galore_jax.transforms import LowRankState
 from galore_jax.views import LeafPlan, leaf_plan
-from galore_jax.views.leaves import flatten_leaves, leaf_paths
+from galore_jax.views.leaves import abstract, flatten_leaves, is_leaf, leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +81,14 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     """
     leaves, treedef = flatten_leaves(params)
     paths = leaf_paths(params)
-    abstract = treedef.unflatten(
-        jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves
-    )
-    state = jax.eval_shape(tx.init, abstract)
-    plans = _plans(state, abstract)
+    shapes = treedef.unflatten(map(abstract, leaves))
+    state = jax.eval_shape(tx.init, shapes)
+    plans = _plans(state, shapes)
     sizes = _bytes_per_leaf(state, paths)
     return Description(
         tuple(
             _row(path, leaf, plans.get(path), sizes[path])
-            for path, leaf in zip(paths, jax.tree.leaves(abstract), strict=True)
+            for path, leaf in zip(paths, jax.tree.leaves(shapes), strict=True)
         )
     )
 
@@ -117,14 +114,16 @@ def _plans(state: Any, params: Any) -> dict[str, LeafPlan]:
 def _bytes_per_leaf(state: Any, paths: list[str]) -> dict[str, int]:
     """Sums the state's arrays by the parameter whose path ends their own."""
     sizes = dict.fromkeys(paths, 0)
-    for path, array in zip(leaf_paths(state), jax.tree.leaves(state), strict=True):
-        if array.ndim == 0:
+    nodes = jax.tree.leaves(state, is_leaf=is_leaf)
+    for path, node in zip(leaf_paths(state), nodes, strict=True):
+        arrays = [array for array in jax.tree.leaves(node) if array.ndim > 0]
+        if not arrays:
             continue  # counts, flags and placeholders
         parts = path.split("/")
         tails = ("/".join(parts[i:]) for i in range(len(parts) + 1))  # a lone array has path ""
         owner = next((tail for tail in tails if tail in sizes), None)
         if owner is not None:
-            sizes[owner] += math.prod(array.shape) * array.dtype.itemsize
+            sizes[owner] += sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     return sizes
 
 

@@ -39,6 +39,44 @@ def matrix_keys(seed: int, count: jax.Array, path: str, batch_shape: tuple[int, 
     return jnp.stack([word, _mix(word)], axis=-1)
 
 
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+    """Key of one leaf, from a JAX key (of any kind) that somebody else chose for the step.
+
+    Args:
+      key: A typed or a raw `jax.random` key.
+      path: "/"-joined path of the leaf.
+
+    Returns:
+      ``uint32[2]``.
+    """
+    return fold_in(jax.random.bits(key, (2,), jnp.uint32), zlib.crc32(path.encode()))
+
+
+def fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
+    """Another key for every number, ``uint32[2]``."""
+    word = _mix(key[0] ^ _mix(jnp.asarray(number, jnp.uint32) + _GOLDEN))
+    return jnp.stack([word, _mix(word + key[1])])
+
+
+def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """fp32 numbers in [0, 1), one per entry, for stochastic rounding.
+
+    Entry i of a leading axis beyond the last two gets what ``fold_in(key, i)`` gives alone: a slice
+    of a stack of layers is rounded as it is inside the stack.
+
+    Args:
+      key: ``uint32[2]``.
+      shape: Shape of the result.
+
+    Returns:
+      An array of hashed counters, multiples of 2⁻²⁴.
+    """
+    if len(shape) > 2:
+        keys = jax.vmap(lambda i: fold_in(key, i))(jnp.arange(shape[0], dtype=jnp.uint32))
+        return jax.vmap(lambda k: rounding_noise(k, shape[1:]))(keys)
+    return (_bits(key, shape) >> 8).astype(jnp.float32) * np.float32(2.0**-24)
+
+
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Random numbers between -1 and 1: all the randomness that a sketch needs.
 
@@ -50,9 +88,12 @@ def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike)
     Returns:
       An array of hashed counters.
     """
+    return _bits(key, shape).astype(jnp.int32).astype(dtype) * 2.0**-31
+
+
+def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    bits = _mix(_mix(counter ^ key[0]) + key[1])
-    return bits.astype(jnp.int32).astype(dtype) * 2.0**-31
+    return _mix(_mix(counter ^ key[0]) + key[1])
 
 
 def _mix(word: jax.Array) -> jax.Array:

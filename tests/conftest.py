@@ -25,9 +25,11 @@ from galore_jax import projectors
 from galore_jax.views import MatrixAxes
 from galore_jax.views.matrix_view import matrix_view
 
-# The examples may promote as they like; the references compare optax with NumPy, and optax's Adam
-# mixes dtypes.
-LENIENT = {Path(__file__).parent / folder for folder in ("examples", "reference")}
+# The examples may promote as they like, in docstrings too; the references compare optax with NumPy,
+# and optax's Adam mixes dtypes.
+LENIENT = {
+    Path(__file__).parent / name for name in ("examples", "reference", "test_documentation.py")
+}
 
 # Every projector, with the options that take another path through it.
 PROJECTORS = [
@@ -51,7 +53,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """Mixed dtypes and silently broadcast ranks are errors."""
-    lenient = LENIENT.intersection(request.node.path.parents)
+    lenient = LENIENT.intersection([request.node.path, *request.node.path.parents])
     if lenient or request.node.get_closest_marker("standard_promotion"):
         yield
         return

@@ -11,7 +11,8 @@ import galore_jax
 ROOT = Path(galore_jax.__file__).parent
 # From the bottom; families within a layer do not know each other.
 LAYERS = [
-    {"keys", "views", "quant"},
+    {"keys", "basis", "views"},
+    {"quant"},
     {"projectors", "refresh", "transport", "codecs"},
     {"transforms"},
     {"alias", "describe", "backward", "sharding", "memory", "metrics", "matmul", "accumulate"},

@@ -42,6 +42,8 @@ class ModelOptions:
     """What the model computes in."""
     param_dtype: Dtype = "float32"
     """What the parameters are stored in (the papers: pure bfloat16)."""
+    weights: Literal["full", "int8"] = "full"
+    """int8 stores the matrices of the blocks in 8-bit codes (Q-GaLore); the rest stays as it is."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
 
@@ -58,6 +60,8 @@ class ScheduleOptions:
     """Warm-up steps, or their fraction (0.1) of all steps."""
     clip: Annotated[float | None, FROM_PRESET] = None
     """Largest global gradient norm; 0 switches clipping off."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How int8 and bfloat16 weights are written; to nearest loses small updates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +237,12 @@ def _check(config: TrainConfig) -> None:
 
 def model_config(config: TrainConfig, vocab_size: int) -> LlamaConfig:
     """The model that a resolved configuration stands for."""
+    ours = ("preset", "weights")
     return dataclasses.replace(
         PRESETS[config.model.preset].model,
         vocab_size=vocab_size,
         max_seq_len=config.data.seq_len,
-        **{k: v for k, v in dataclasses.asdict(config.model).items() if k != "preset"},
+        **{k: v for k, v in dataclasses.asdict(config.model).items() if k not in ours},
     )
 
 
@@ -260,6 +265,7 @@ def identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
         "optimizer": config.optimizer.optimizer,
         "rank": config.optimizer.rank,
         "side": config.optimizer.side,
+        "codec": config.optimizer.codec,
         "corpus fingerprint": fingerprint,
         "seq_len": config.data.seq_len,
         "seed": config.run.seed,

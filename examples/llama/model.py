@@ -26,6 +26,8 @@ import optax
 from flax import nnx
 from jax.extend import backend
 
+import galore_jax as gj
+
 ATTENTION = ("auto", "xla", "cudnn")
 CUDNN_MAX_HEAD_DIM = 128  # what every CUDA generation's flash kernel takes
 
@@ -87,9 +89,10 @@ class LlamaConfig:
 def linear(x: jax.Array, w: Any) -> jax.Array:
     """Multiplies activations by a kernel, in the dtype of the activations.
 
-    The only place where the model does so. x: [..., in], w: [in, out], result: [..., out].
+    The only place where the model does so. x: [..., in], w: [in, out] in whatever form it is
+    stored, result: [..., out].
     """
-    return x @ w.astype(x.dtype)
+    return gj.matmul(x, w)
 
 
 def rope(x: jax.Array, theta: float) -> jax.Array:

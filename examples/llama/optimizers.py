@@ -7,6 +7,7 @@ against non-finite steps) is added once, in `make_optimizer`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -26,7 +27,10 @@ OptimizerName = Literal[
     "galore_adafactor",
     "galore_lion",
     "galore_sgd",
+    "galore_adamw8bit",
+    "q_galore_adamw8bit",
     "adamw",
+    "adamw8bit",
     "adafactor",
     "optax_galore",
 ]
@@ -54,8 +58,12 @@ class OptimizerOptions:
     """Rank of the projected gradients: a number, or a fraction (0.25) of the projected width."""
     gap: Annotated[int | None, FROM_PRESET] = None
     """Steps between two refreshes of a projector."""
-    refresh: Annotated[Literal["every", "staggered"] | None, default("every")] = None
-    """All projectors on the same step, or spread over the gap."""
+    refresh: Annotated[
+        Literal["every", "staggered", "adaptive"] | None, default("every; q_galore: adaptive")
+    ] = None
+    """All projectors on the same step, spread over the gap, or ever less often as they settle."""
+    threshold: Annotated[float | None, default("0.6")] = None
+    """adaptive only: overlap of two subspaces in a row from which the gap grows."""
     scale: Annotated[float | None, FROM_PRESET] = None
     """GaLore's alpha: factor on the update of projected matrices."""
     projector: Annotated[ProjectorName | None, default("randomized_svd")] = None
@@ -66,8 +74,13 @@ class OptimizerOptions:
         None
     )
     """What happens to the moments when the basis moves."""
+    codec: Annotated[
+        Literal["identity", "bfloat16", "int8", "int4"] | None,
+        default("identity; 8bit: bfloat16; q_galore: int4"),
+    ] = None
+    """What the projectors are stored in."""
     matrix_lr_scale: Annotated[float | None, default("1")] = None
-    """adamw only: factor on the learning rate of the block matrices; 0.25 is GaLore's split."""
+    """adamw and adamw8bit: factor on the block matrices' rate; 0.25 is GaLore's split."""
     b1: float = 0.9
     """Decay of the first moment (the momentum of galore_sgd)."""
     b2: Annotated[float | None, default("0.999, lion 0.99")] = None
@@ -78,25 +91,41 @@ class OptimizerOptions:
 
 # Default peak rate relative to the recipe's, which is GaLore's: the paper trained full-rank Adam at
 # a tenth of it or less, and Lion's sign updates want about as much less than Adam's.
-RATE = {"adamw": 0.1, "adafactor": 0.1, "galore_lion": 0.1}
+RATE = {"adamw": 0.1, "adamw8bit": 0.1, "adafactor": 0.1, "galore_lion": 0.1}
 
 _LENS_DEFAULTS = {
     "refresh": "every",
     "projector": "randomized_svd",
     "side": "short",
     "transport": "align",
+    "codec": "identity",
+}
+_ADAPTIVE = {"refresh": "adaptive", "threshold": 0.6}
+_CODECS: dict[str, Callable[[], Any]] = {
+    "identity": gj.codecs.identity,
+    "bfloat16": functools.partial(gj.codecs.cast, "bfloat16"),
+    "int8": gj.codecs.int8,
+    "int4": gj.codecs.int4,
 }
 
 
 def resolve(options: OptimizerOptions, *, rank: int | float, gap: int, scale: float):
     """Fills what was left open; refuses what would have no effect."""
     lens = {"rank": rank, "gap": gap, "scale": scale}
+    if options.refresh == "adaptive":
+        lens |= _ADAPTIVE
     defaults: dict[str, Any] = {
-        "galore_adamw": lens | _LENS_DEFAULTS | {"b2": 0.999},
-        "galore_adafactor": lens | _LENS_DEFAULTS,
-        "galore_lion": lens | _LENS_DEFAULTS | {"b2": 0.99},
-        "galore_sgd": lens | _LENS_DEFAULTS,
+        "galore_adamw": _LENS_DEFAULTS | lens | {"b2": 0.999},
+        "galore_adafactor": _LENS_DEFAULTS | lens,
+        "galore_lion": _LENS_DEFAULTS | lens | {"b2": 0.99},
+        "galore_sgd": _LENS_DEFAULTS | lens,
+        "galore_adamw8bit": _LENS_DEFAULTS | lens | {"b2": 0.999, "codec": "bfloat16"},
+        "q_galore_adamw8bit": _LENS_DEFAULTS
+        | (_ADAPTIVE if options.refresh is None else {})
+        | lens
+        | {"b2": 0.999, "codec": "int4"},
         "adamw": {"matrix_lr_scale": 1.0, "b2": 0.999},
+        "adamw8bit": {"matrix_lr_scale": 1.0, "b2": 0.999},
         "adafactor": {},
         "optax_galore": lens | {"b2": 0.999},
     }[options.optimizer]
@@ -159,11 +188,12 @@ def _galore(alias: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
         return alias(
             schedule,
             options.rank,
-            update_proj_gap=getattr(gj.refresh, options.refresh)(options.gap),
+            update_proj_gap=_refresh(options),
             scale=options.scale,
             projector=getattr(gj.projectors, options.projector)(),
             side=options.side,
             transport=getattr(gj.transport, options.transport)(),
+            codec=_CODECS[options.codec](),
             axes=gj.MatrixAxes(-2, -1),
             weight_decay=options.weight_decay,
             mask=_decays,
@@ -173,6 +203,12 @@ def _galore(alias: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
         )
 
     return build
+
+
+def _refresh(options: OptimizerOptions) -> Any:
+    if options.refresh == "adaptive":
+        return gj.refresh.adaptive(options.gap, options.threshold)
+    return getattr(gj.refresh, options.refresh)(options.gap)
 
 
 def _moments(options: OptimizerOptions) -> dict[str, float]:
@@ -186,8 +222,9 @@ def _moments(options: OptimizerOptions) -> dict[str, float]:
 
 def _adamw(options: OptimizerOptions, schedule: optax.Schedule, seed: int):
     del seed
+    adam = gj.scale_by_adam8bit if options.optimizer == "adamw8bit" else optax.scale_by_adam
     return optax.chain(
-        optax.scale_by_adam(b1=options.b1, b2=options.b2),
+        adam(b1=options.b1, b2=options.b2),
         _scale_block_matrices(options.matrix_lr_scale),
         optax.add_decayed_weights(options.weight_decay, mask=_decays),
         optax.scale_by_learning_rate(schedule),
@@ -232,7 +269,10 @@ _BUILDERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "galore_adafactor": _galore(gj.galore_adafactor),
     "galore_lion": _galore(gj.galore_lion),
     "galore_sgd": _galore(gj.galore_sgd),
+    "galore_adamw8bit": _galore(gj.galore_adamw8bit),
+    "q_galore_adamw8bit": _galore(gj.q_galore_adamw8bit),
     "adamw": _adamw,
+    "adamw8bit": _adamw,
     "adafactor": _adafactor,
     "optax_galore": _optax_galore,
 }

@@ -12,6 +12,7 @@ import optax
 import rich.table
 from matplotlib.figure import Figure
 
+import galore_jax as gj
 from examples.llama.optimizers import is_block_matrix, path_name
 from examples.llama.progress import Row, clock, perplexity
 
@@ -25,6 +26,28 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]
     }
     matrices = sum(size for name, size in sizes.items() if is_block_matrix(name))
     return {"total": sum(sizes.values()), "block_matrices": matrices}
+
+
+def refreshes(opt_state: Any) -> dict[str, int] | None:
+    """How often bases were recomputed, and how many there are; None without a lens."""
+    is_lens = lambda node: isinstance(node, gj.LowRankState)  # noqa: E731
+    lenses = [x for x in jax.tree.leaves(opt_state, is_leaf=is_lens) if is_lens(x)]
+    if not lenses:
+        return None
+    counts = [
+        np.asarray(count)
+        for lens in lenses
+        for basis, count in zip(
+            jax.tree.structure(lens.refresh_state.refreshes).flatten_up_to(lens.projectors),
+            jax.tree.leaves(lens.refresh_state.refreshes),
+            strict=True,
+        )
+        if any(part.ndim > 0 for part in jax.tree.leaves(basis))  # a scalar: not projected
+    ]
+    return {
+        "done": int(sum(count.sum() for count in counts)),
+        "bases": sum(count.size for count in counts),
+    }
 
 
 def summary_table(summary: dict[str, Any]) -> rich.table.Table:
@@ -43,6 +66,9 @@ def summary_table(summary: dict[str, Any]) -> rich.table.Table:
         "time": clock(summary["seconds"]),
         "steps": f"{summary['steps']:,} ({summary['tokens']:,} tokens)",
     }
+    if summary["refreshes"]:
+        done, bases = summary["refreshes"]["done"], summary["refreshes"]["bases"]
+        rows["refreshes"] = f"{done:,} of {bases} bases ({done / bases:.1f} each)"
     if summary["skipped_steps"]:
         rows["skipped"] = f"{summary['skipped_steps']} non-finite steps"
     for name, value in rows.items():

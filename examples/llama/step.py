@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import galore_jax as gj
+
 Batch = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], jax.Array]
 
@@ -32,8 +34,10 @@ class Metrics(NamedTuple):
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+    """The state before the first step; weights may be stored as integer codes."""
+    # Optax's own transformations would take the codes for parameters.
+    opt_state = tx.init(gj.quant.dequantize_params(params))
+    return TrainState(jnp.zeros([], jnp.int32), params, opt_state)
 
 
 def make_train_step(
@@ -42,8 +46,12 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     accumulation: int = 1,
+    rounding_key: jax.Array | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One jitted update; the state's buffers are reused for the new state.
+
+    INT8 and bf16 weights are rounded stochastically with the random numbers of `rounding_key` and
+    the step; to nearest without it.
 
     `tx` is an `optax.apply_if_finite`: it skips the update when a gradient is not finite. A loss
     that is not finite although its gradient is poisons the gradient, so that it is skipped too.
@@ -56,7 +64,8 @@ def make_train_step(
         # A skipped update does not advance the optimizer's count, so nor does it the schedule.
         rate = schedule(state.step - state.opt_state.total_notfinite)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        key = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
+        params = gj.apply_updates(state.params, updates, key=key)
         metrics = Metrics(
             loss=loss,
             grad_norm=optax.tree.norm(grads),
@@ -78,11 +87,11 @@ def accumulated_value_and_grad(
     micro-batch with more padding counts for less, exactly as it does inside one large batch.
     """
     if micro_batches == 1:
-        return jax.value_and_grad(loss_fn)(params, batch)
+        return gj.quant.value_and_grad(loss_fn)(params, batch)
 
     def micro_pass(totals: Any, micro_batch: Batch) -> tuple[Any, None]:
         weight = token_weight(micro_batch)
-        loss_and_grads = jax.value_and_grad(loss_fn)(params, micro_batch)
+        loss_and_grads = gj.quant.value_and_grad(loss_fn)(params, micro_batch)
         totals = jax.tree.map(
             lambda total, x: total + weight * x.astype(jnp.float32),
             totals,
@@ -91,7 +100,8 @@ def accumulated_value_and_grad(
         return totals, None
 
     split = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros([]), params))
+    shapes = jax.eval_shape(gj.quant.dequantize_params, params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros([]), shapes))
     (loss, grads), _ = jax.lax.scan(micro_pass, zeros, split)
     total_weight = token_weight(batch)
     grads = jax.tree.map(lambda g, p: (g / total_weight).astype(p.dtype), grads, params)

@@ -22,8 +22,10 @@ import jax
 import optax
 import rich.console
 
+import galore_jax as gj
 from examples.llama import checkpoint, config, data, host, model, optimizers, progress, report, step
 
+ROUNDING = 1  # folded into the seed's key
 FINISHED, FAILED, GAVE_UP = 0, 1, 3  # 2 is argparse's; a signal exits with 128 + its number
 
 
@@ -142,7 +144,10 @@ def make_task(settings: config.TrainConfig) -> Task:
     )
 
     def new_state() -> step.TrainState:
-        return step.init_state(model.init(llama, jax.random.key(settings.run.seed)), tx)
+        params = model.init(llama, jax.random.key(settings.run.seed))
+        if settings.model.weights == "int8":
+            params = gj.quant.quantize_params(params)
+        return step.init_state(params, tx)
 
     loss_fn = functools.partial(model.loss, llama)
     return Task(settings, corpus, llama, loss_fn, schedule, tx, jax.jit(new_state))
@@ -182,8 +187,14 @@ def fit(
         GiveUpError: too many steps in a row were not finite.
     """
     settings, steps = task.settings, task.settings.schedule.steps
+    # Not the key that the parameters were drawn with.
+    rounding_key = jax.random.fold_in(jax.random.key(settings.run.seed), ROUNDING)
     train_step = step.make_train_step(
-        task.loss_fn, task.tx, task.schedule, accumulation=settings.data.accumulation
+        task.loss_fn,
+        task.tx,
+        task.schedule,
+        accumulation=settings.data.accumulation,
+        rounding_key=rounding_key if settings.schedule.rounding == "stochastic" else None,
     )
     eval_step = step.make_eval_step(task.loss_fn)
     batches = make_batches(task, start.progress.data)
@@ -309,7 +320,7 @@ def finish(task: Task, end: Position, display: progress.Display) -> None:
     settings, run_dir = task.settings, task.settings.run.run_dir
     rows = progress.read_metrics(run_dir / "metrics.jsonl")
     valid = [row["valid_loss"] for row in rows if "valid_loss" in row]
-    abstract_params = jax.eval_shape(task.new_state).params
+    abstract_params = jax.eval_shape(gj.quant.dequantize_params, end.state.params)
     summary = {
         "optimizer": optimizers.describe(settings.optimizer),
         "learning_rate": settings.schedule.learning_rate,
@@ -322,6 +333,7 @@ def finish(task: Task, end: Position, display: progress.Display) -> None:
         "num_params": model.num_params(task.llama),
         "state_bytes": report.state_bytes(task.tx, abstract_params),
         "adamw_state_bytes": report.state_bytes(optax.adamw(0.0), abstract_params),
+        "refreshes": report.refreshes(end.state.opt_state),
         "skipped_steps": end.state.opt_state.total_notfinite.item(),
         "tokens_per_second": end.progress.timed_tokens / max(end.progress.timed_seconds, 1e-9),
         "seconds": end.progress.elapsed,

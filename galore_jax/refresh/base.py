@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from galore_jax.basis import BasisMove
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSlots:
@@ -32,6 +34,11 @@ class RefreshPolicy(abc.ABC):
     lens' business.
     """
 
+    @property
+    def compares_columns(self) -> bool:
+        """Whether column i of a basis has to mean the same thing before and after a refresh."""
+        return False
+
     def init(self, treedef: Any, slots: list[MatrixSlots | None]) -> Any:
         """Memory of the policy: () or a NamedTuple of trees with one array per leaf.
 
@@ -48,7 +55,7 @@ class RefreshPolicy(abc.ABC):
         count: jax.Array,
         slots: list[MatrixSlots | None],
         memory: Any,
-        refreshed: list[jax.Array | None],
+        moves: list[BasisMove | None],
     ) -> tuple[list[jax.Array | None], Any]:
         """Which matrices are due at `count`.
 
@@ -56,7 +63,7 @@ class RefreshPolicy(abc.ABC):
           count: int32 scalar, the count of the step that comes next.
           slots: One entry per leaf; None where a leaf is not projected.
           memory: What `init` or the previous call returned.
-          refreshed: ``bool[*batch]`` per projected leaf: which were refreshed in this step.
+          moves: One entry per projected leaf: how its bases moved in this step.
 
         Returns:
           ``bool[*batch]`` per projected leaf (None elsewhere), and the new memory.

@@ -32,8 +32,8 @@ class every(RefreshPolicy):
     def __post_init__(self):
         check_gap(self.gap)
 
-    def decide(self, count, slots, memory, refreshed):
-        del refreshed
+    def decide(self, count, slots, memory, moves):
+        del moves
         due = count % self.gap == 0
         return [slot and jnp.broadcast_to(due, slot.batch_shape) for slot in slots], memory
 

@@ -35,8 +35,8 @@ class staggered(RefreshPolicy):
     def __post_init__(self):
         check_gap(self.gap)
 
-    def decide(self, count, slots, memory, refreshed):
-        del refreshed
+    def decide(self, count, slots, memory, moves):
+        del moves
         phase = count % self.gap
         return [slot and jnp.asarray(self._phases(slot)) == phase for slot in slots], memory
 

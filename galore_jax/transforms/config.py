@@ -65,6 +65,13 @@ def low_rank_config(
             "mean something else after every refresh. Use transport.align(), or a projector with "
             "canonical columns (svd, gram_eigh)."
         )
+    policy = as_policy(refresh)
+    if policy.compares_columns and not (transport.keeps_columns and projector.canonical_columns):
+        raise ValueError(
+            f"{policy} compares columns, but {projector} with {transport} gives them another "
+            'meaning at every refresh. Use mode="overlap", or svd or gram_eigh with '
+            "transport.keep(), reset() or rotate()."
+        )
     dtype = jnp.dtype(state_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`state_dtype` must be a floating dtype, got {dtype.name}.")
@@ -81,7 +88,7 @@ def low_rank_config(
         axes=axes_rule(axes),
         targets=targets,
         projector=projector,
-        refresh=as_policy(refresh),
+        refresh=policy,
         transport=transport,
         codec=codec,
         state_dtype=dtype,

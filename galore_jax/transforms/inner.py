@@ -10,6 +10,7 @@ import optax
 
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan
+from galore_jax.views.leaves import is_one_leaf
 
 
 def inner_proxy(config: LowRankConfig, plan: LeafPlan, leaf: Any) -> Any:
@@ -27,7 +28,7 @@ def at_full_size(config: LowRankConfig, plan: LeafPlan, leaf: Any) -> Any:
         return optax.MaskedNode()  # integers are nothing an optimizer can average
     if jnp.issubdtype(plan.dtype, jnp.complexfloating):
         return leaf
-    return jnp.asarray(leaf).astype(config.state_dtype)
+    return (leaf if is_one_leaf(leaf) else jnp.asarray(leaf)).astype(config.state_dtype)
 
 
 def check_inner(inner: optax.GradientTransformationExtraArgs, state: Any, proxies: Any) -> None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.basis import BasisMove
 from galore_jax.codecs import Codec
 from galore_jax.keys import matrix_keys
 from galore_jax.projectors import Projector
@@ -18,7 +19,7 @@ from galore_jax.refresh import MatrixSlots, RefreshPolicy
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig, check_same_storage, low_rank_config
 from galore_jax.transforms.inner import at_full_size, check_inner, inner_proxy
-from galore_jax.transport import BasisMove, Transport
+from galore_jax.transport import Transport
 from galore_jax.views import LeafPlan, ProjectedGradient, leaf_plan
 from galore_jax.views.leaves import flatten_leaves, rebox
 from galore_jax.views.matrix_view import Side
@@ -289,7 +290,9 @@ def _enter(config: LowRankConfig, leaf: _Leaf, refreshed: subspace.Refreshed | N
     else:
         new = subspace.decode(config, plan, refreshed.stored)
         value = subspace.project(config, plan, gradient, new)
-    return _Entered(value, refreshed.stored, BasisMove(old, new, refreshed.moved))
+    return _Entered(
+        value, refreshed.stored, BasisMove(old, new, refreshed.moved, leaf.refreshes == 0)
+    )
 
 
 def _leave(factor: Any, plan: LeafPlan, gradient: Any, entered: _Entered, direction: Any) -> Any:
@@ -310,9 +313,10 @@ def _decide(
     entered: list[_Entered],
 ) -> RefreshState:
     """Which matrices are due at `count`: those the policy names, and those that failed."""
-    moved = [None if leaf.move is None else leaf.move.moved for leaf in entered]
+    moves = [leaf.move for leaf in entered]
+    moved = [move and move.moved for move in moves]
     slots = _slots([leaf.plan for leaf in leaves])
-    planned, memory = config.refresh.decide(count, slots, state.memory, moved)
+    planned, memory = config.refresh.decide(count, slots, state.memory, moves)
     due = [
         leaf.due if now is None or soon is None else soon | (leaf.due & ~now)
         for leaf, now, soon in zip(leaves, moved, planned, strict=True)

@@ -18,7 +18,7 @@ import optax
 from galore_jax.projectors import MatrixOperator, dense_operator, select_operator, working_dtype
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan, ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves
+from galore_jax.views.leaves import abstract, flatten_leaves
 
 
 class Refreshed(NamedTuple):
@@ -240,9 +240,7 @@ def full_shapes(updates: optax.Updates, params: optax.Params | None) -> Any:
                 "update."
             )
         leaves, treedef = flatten_leaves(params)
-    return treedef.unflatten(
-        jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves
-    )
+    return treedef.unflatten(map(abstract, leaves))
 
 
 def _check_shapes(plan: LeafPlan, gradient: ProjectedGradient) -> None:

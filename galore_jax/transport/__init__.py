@@ -1,8 +1,8 @@
 """What happens to the inner state when a basis moves."""
 
-from galore_jax.transport.base import BasisMove, Transport
+from galore_jax.transport.base import Transport
 from galore_jax.transport.moments import register_moment
 from galore_jax.transport.moving import reset, rotate
 from galore_jax.transport.still import align, keep
 
-__all__ = ["BasisMove", "Transport", "align", "keep", "register_moment", "reset", "rotate"]
+__all__ = ["Transport", "align", "keep", "register_moment", "reset", "rotate"]

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
 
-
-@dataclasses.dataclass(frozen=True)
-class BasisMove:
-    """The change of one leaf's bases in one step.
-
-    Args:
-      old: ``[*batch, projected, rank]`` before the step.
-      new: ``[*batch, projected, rank]`` after it; equal to `old` where nothing moved.
-      moved: ``bool[*batch]``.
-    """
-
-    old: jax.Array
-    new: jax.Array
-    moved: jax.Array
+from galore_jax.basis import BasisMove
 
 
 class Transport:
@@ -31,6 +17,8 @@ class Transport:
 
     # Moments are left where they are although columns may change meaning.
     needs_canonical_columns: ClassVar[bool] = False
+    # The columns that the projector found stay what and where they are.
+    keeps_columns: ClassVar[bool] = True
 
     def turn(self, new: jax.Array, old: jax.Array) -> jax.Array:
         """Of all bases ``[projected, rank]`` of the span of `new`, the one to use after `old`."""

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.quant import dynamic
+
 
 class _Fields(NamedTuple):
     first: tuple[str, ...]
@@ -62,12 +64,43 @@ register_moment(optax.ScaleByRssState, second="sum_of_squares")
 
 
 class Moments(NamedTuple):
-    """The moments that one optimizer state holds for one leaf, by field name."""
+    """The moments that one optimizer state holds for one leaf, by field name.
 
-    first: dict[str, jax.Array]
-    second: dict[str, jax.Array]
+    Arrays, or `quant.DynamicArray`s in the state of `quantized_state`.
+    """
+
+    first: dict[str, Any]
+    second: dict[str, Any]
     # Updates that went into them; None for states that do not count.
     count: jax.Array | None  # type: ignore[assignment]  # optax's name for it
+
+
+def decoded(moments: Moments) -> Moments:
+    """The same moments as arrays."""
+
+    def decode(field: Any) -> Any:
+        return dynamic.decode(field) if isinstance(field, dynamic.DynamicArray) else field
+
+    return moments._replace(
+        first={name: decode(field) for name, field in moments.first.items()},
+        second={name: decode(field) for name, field in moments.second.items()},
+    )
+
+
+def encoded_like(moments: Moments, like: Moments) -> Moments:
+    """Moments that are arrays, each stored as in `like`."""
+
+    def encode(fields: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: dynamic.encode_like(field, stored[name])
+            if isinstance(stored[name], dynamic.DynamicArray)
+            else field
+            for name, field in fields.items()
+        }
+
+    return moments._replace(
+        first=encode(moments.first, like.first), second=encode(moments.second, like.second)
+    )
 
 
 def map_moments(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
@@ -100,7 +133,7 @@ def check_known(state: Any, treedef: Any) -> None:
 
     def blank(leaf: int, moments: Moments) -> Moments:
         del leaf
-        return jax.tree.map(lambda _: jnp.zeros(()), moments)
+        return jax.tree.map(lambda _: jnp.zeros(()), decoded(moments))
 
     unknown = [x for x in jax.tree.leaves(map_moments(state, treedef, blank)) if jnp.ndim(x) > 0]
     if unknown:

@@ -9,8 +9,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from galore_jax.transport.base import BasisMove, Transport
-from galore_jax.transport.moments import Moments, check_known, map_moments
+from galore_jax.basis import BasisMove
+from galore_jax.transport.base import Transport
+from galore_jax.transport.moments import (
+    Moments,
+    check_known,
+    decoded,
+    encoded_like,
+    map_moments,
+)
 
 
 class _MovesMoments(Transport, abc.ABC):
@@ -25,11 +32,15 @@ class _MovesMoments(Transport, abc.ABC):
             # Steps without a refresh pay nothing.
             return jax.lax.cond(
                 jnp.any(move.moved),
-                lambda: _where_moved(move, self._carry(moments, move), moments),
+                lambda: self._carry_stored(moments, move),
                 lambda: moments,
             )
 
         return map_moments(inner_state, treedef, carry_leaf)
+
+    def _carry_stored(self, moments: Moments, move: BasisMove) -> Moments:
+        wide = decoded(moments)
+        return encoded_like(_where_moved(move, self._carry(wide, move), wide), moments)
 
     @abc.abstractmethod
     def _carry(self, moments: Moments, move: BasisMove) -> Moments:

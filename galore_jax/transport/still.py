@@ -43,6 +43,8 @@ class align(Transport):
       Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
     """
 
+    keeps_columns = False
+
     def turn(self, new, old):
         highest = jax.lax.Precision.HIGHEST
         overlap = jnp.matmul(new.T, old.astype(new.dtype), precision=highest)

@@ -18,7 +18,7 @@ from galore_jax.views.axes import (
     axes_per_leaf,
     axes_rule,
 )
-from galore_jax.views.leaves import flatten_leaves, leaf_paths
+from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths
 from galore_jax.views.matrix_view import MatrixView, Side, matrix_view
 from galore_jax.views.targets import Targets, all_matrices, is_target
 
@@ -106,7 +106,7 @@ def leaf_plan(config: ViewRules, params: Any) -> list[LeafPlan]:
     paths = leaf_paths(params)
     requests = _axes_requests(config.axes, params, paths)
     return [
-        _plan_leaf(config, path, jnp.shape(leaf), jnp.result_type(leaf), leaf, request)
+        _plan_leaf(config, path, abstract(leaf), leaf, request)
         for path, leaf, request in zip(paths, leaves, requests, strict=True)
     ]
 
@@ -145,8 +145,10 @@ def _by_path(rule: AxesByPath, path: str) -> _Request:
 
 
 def _plan_leaf(
-    config: ViewRules, path: str, shape: tuple[int, ...], dtype: Any, leaf: Any, request: _Request
+    config: ViewRules, path: str, like: jax.ShapeDtypeStruct, leaf: Any, request: _Request
 ) -> LeafPlan:
+    shape, dtype = like.shape, like.dtype
+
     def full_rank(reason: str) -> LeafPlan:
         return LeafPlan(path, shape, dtype, None, 0, reason)
 

@@ -1,0 +1,18 @@
+"""Arrays in 8 and 4 bits: blockwise codes for weights and bases, dynamic maps for moments."""
+
+from galore_jax.quant.array import QuantizedArray, dequantize, quantize
+from galore_jax.quant.differentiate import DifferentiableWeight, matmul, value_and_grad
+from galore_jax.quant.dynamic import DynamicArray
+from galore_jax.quant.params import dequantize_params, quantize_params
+
+__all__ = [
+    "DifferentiableWeight",
+    "DynamicArray",
+    "QuantizedArray",
+    "dequantize",
+    "dequantize_params",
+    "matmul",
+    "quantize",
+    "quantize_params",
+    "value_and_grad",
+]

@@ -1,0 +1,84 @@
+"""Whole trees of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.quant.array import QuantizedArray, check_format, dequantize, quantize
+from galore_jax.views.leaves import is_one_leaf
+from galore_jax.views.targets import Targets, check_targets, is_target
+
+
+def quantize_params(
+    params: Any, *, bits: int = 8, block: int = 256, targets: Targets = None
+) -> Any:
+    """Stores the matrices of a model in integer codes, rounded to nearest.
+
+    By default embeddings, output head, norms and biases stay as they are, and so does everything
+    with fewer than two axes: what GaLore does not project, it does not quantize either.
+
+    Update such parameters with `galore_jax.apply_updates`, which rounds stochastically, and
+    differentiate with `galore_jax.quant.value_and_grad`. `optax.apply_updates`, and with it
+    `flax.nnx.Optimizer` and `TrainState`, cannot add to codes.
+
+    Args:
+      params: Tree of parameters.
+      bits: 8 or 4.
+      block: Entries per block, along the last axis.
+      targets: Which leaves: None for the rule above, a regex searched in the path, or a
+        ``callable(path, leaf) -> bool``.
+
+    Returns:
+      The tree with a `QuantizedArray` in the place of each chosen leaf.
+
+    Raises:
+      TypeError: A leaf that `targets` names is not a real floating array.
+
+    Example:
+      >>> import jax.numpy as jnp, galore_jax as gj
+      >>> params = {"embed": jnp.ones((512, 64)), "up": jnp.ones((64, 256))}
+      >>> gj.quant.quantize_params(params)["up"]
+      QuantizedArray(shape=(64, 256), bits=8, block=256, dtype=float32)
+    """
+    check_format(bits, block)
+    check_targets(targets)
+
+    def quantize_leaf(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if jnp.ndim(leaf) < 2 or not is_target(targets, name, leaf):
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            if targets is None:
+                return leaf
+            raise TypeError(
+                f"leaf {name!r} has dtype {leaf.dtype}: only real floating arrays are quantized. "
+                "Leave it out of `targets`."
+            )
+        return quantize(dequantize(leaf), bits=bits, block=block)
+
+    return jax.tree_util.tree_map_with_path(quantize_leaf, params, is_leaf=is_one_leaf)
+
+
+def dequantize_params(params: Any) -> Any:
+    """The tree with every `QuantizedArray` decoded.
+
+    Also what to hand to the ``init`` of a transformation that is not of this library: it would take
+    the codes for parameters. Under `jax.eval_shape` or `jax.jit` that costs no memory.
+
+    Args:
+      params: Tree of parameters.
+
+    Returns:
+      A tree of arrays.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, galore_jax as gj
+      >>> params = gj.quant.quantize_params({"up": jnp.ones((64, 256))})
+      >>> state = optax.scale_by_adam().init(gj.quant.dequantize_params(params))
+      >>> state.mu["up"].shape
+      (64, 256)
+    """
+    return jax.tree.map(dequantize, params, is_leaf=lambda node: isinstance(node, QuantizedArray))

@@ -1,0 +1,164 @@
+"""Moments of any transformation, stored in 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.quant import dequantize, dynamic
+from galore_jax.quant.array import check_format
+from galore_jax.transport.moments import Moments, decoded, map_moments
+from galore_jax.views.leaves import flatten_leaves, rebox
+
+
+def quantized_state(
+    inner: optax.GradientTransformation,
+    *,
+    block: int = 256,
+    min_size: int = 4096,
+    bits: int = 8,
+) -> optax.GradientTransformationExtraArgs:
+    """Stores the moments of `inner` in 8 bits between two updates.
+
+    Moments are decoded, updated by `inner` in fp32, and encoded again, by dynamic code
+    maps with one scale per block: a signed map for first moments, an unsigned one for second
+    moments. Which fields are moments is known for optax's common states, and can be registered
+    with `galore_jax.transport.register_moment`. The update of a step is computed from moments that
+    have not been rounded yet. Blocks run along the longer one of the last two axes.
+
+    Works alone, inside `low_rank_projection` with any transport, and inside `optax.partition`.
+
+    Args:
+      inner: A transformation that keeps moments.
+      block: Entries per block; each has a scale of 4 bytes.
+      min_size: Moments with fewer entries stay as they are.
+      bits: 8; or 4, which is too coarse for second moments in most uses.
+
+    Returns:
+      A transformation with the state of `inner`, in which `quant.DynamicArray`s take the place of
+      large moments.
+
+    Raises:
+      TypeError: In `init`, when `inner` keeps no moment that is known.
+      ValueError: Bad numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, galore_jax as gj
+      >>> tx = gj.quantized_state(optax.scale_by_lion())
+      >>> state = tx.init({"w": jnp.ones((256, 256))})
+      >>> state.mu["w"].codes.dtype, state.mu["w"].scales.shape
+      (dtype('uint8'), (256, 1))
+
+    References:
+      Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021
+      (https://arxiv.org/abs/2110.02861).
+    """
+    check_format(bits, block)
+    inner = optax.with_extra_args_support(inner)
+
+    def encode(state: Any, treedef: Any) -> Any:
+        def encode_leaf(leaf: int, moments: Moments) -> Moments:
+            del leaf
+
+            def encode_field(x: jax.Array, signed: bool) -> Any:
+                if x.size < min_size or not jnp.issubdtype(x.dtype, jnp.floating):
+                    return x
+                axis = block_axis(x.shape)
+                return dynamic.encode(x, signed=signed, bits=bits, block=block, axis=axis)
+
+            return moments._replace(
+                first={name: encode_field(x, True) for name, x in moments.first.items()},
+                second={name: encode_field(x, False) for name, x in moments.second.items()},
+            )
+
+        return map_moments(state, treedef, encode_leaf)
+
+    def init_fn(params: optax.Params) -> Any:
+        leaves, treedef = flatten_leaves(params)
+        state = inner.init(treedef.unflatten(map(_wide, leaves)))
+        _check_has_moments(state, treedef)
+        return encode(state, treedef)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        gradients, treedef = flatten_leaves(updates)
+        if params is not None:
+            params = treedef.unflatten(map(_wide, flatten_leaves(params)[0]))
+        state = map_moments(state, treedef, lambda _, moments: decoded(moments))
+        directions, state = inner.update(
+            treedef.unflatten(map(_wide, gradients)), state, params, **extra_args
+        )
+        narrow = [
+            direction.astype(gradient.dtype)
+            for direction, gradient in zip(
+                treedef.flatten_up_to(directions), gradients, strict=True
+            )
+        ]
+        return rebox(updates, narrow), encode(state, treedef)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_adam8bit(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    block: int = 256,
+    min_size: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam whose moments take one byte each: `quantized_state(optax.scale_by_adam(...))`.
+
+    Args:
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment, after bias correction.
+      block: Entries per block.
+      min_size: Moments with fewer entries stay in fp32.
+
+    Returns:
+      A gradient transformation.
+
+    Example:
+      >>> import optax, galore_jax as gj
+      >>> tx = optax.chain(gj.scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3))
+
+    References:
+      Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021
+      (https://arxiv.org/abs/2110.02861).
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    return quantized_state(adam, block=block, min_size=min_size)
+
+
+def _wide(leaf: Any) -> jax.Array:
+    """A leaf in fp32 at least: a bf16 second moment could not decay."""
+    array = jnp.asarray(dequantize(leaf))
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+    return array.astype(jnp.float32) if narrow else array
+
+
+def block_axis(shape: tuple[int, ...]) -> int:
+    """The longer one of the last two axes; the last one of equals."""
+    return -2 if len(shape) > 1 and shape[-2] > shape[-1] else -1
+
+
+def _check_has_moments(state: Any, treedef: Any) -> None:
+    found = 0
+
+    def count(leaf: int, moments: Moments) -> Moments:
+        nonlocal found
+        del leaf
+        found += len(moments.first) + len(moments.second)
+        return moments
+
+    map_moments(state, treedef, count)
+    if treedef.num_leaves and not found:
+        raise TypeError(
+            "quantized_state found no moments in the state of its inner transformation. Tell "
+            "galore_jax.transport.register_moment which fields of its state are moments."
+        )
