@@ -1,6 +1,6 @@
 """GaLore, Q-GaLore and GaLore 2 as composable Optax gradient transformations."""
 
-from galore_jax import codecs, projectors, quant, refresh, transport, views
+from galore_jax import codecs, memory, projectors, quant, refresh, transport, views
 from galore_jax.alias import (
     STATIC_ARGS,
     galore,
@@ -42,6 +42,7 @@ __all__ = [
     "galore_sgd",
     "low_rank_projection",
     "matmul",
+    "memory",
     "projectors",
     "q_galore_adamw8bit",
     "quant",

@@ -23,6 +23,7 @@ TOP_LEVEL = {
     "galore_sgd",
     "low_rank_projection",
     "matmul",
+    "memory",
     "projectors",
     "q_galore_adamw8bit",
     "quant",
@@ -45,7 +46,7 @@ SEAMS = {
     "transport": {"align", "keep", "register_moment", "reset", "rotate"},
     "quant": {
         "DifferentiableWeight",
-        "DynamicArray",
+        "PowerArray",
         "QuantizedArray",
         "dequantize",
         "dequantize_params",

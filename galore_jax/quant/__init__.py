@@ -1,13 +1,13 @@
-"""Arrays in 8 and 4 bits: blockwise codes for weights and bases, dynamic maps for moments."""
+"""Arrays in 8 and 4 bits: blockwise codes for weights and bases, power maps for moments."""
 
 from galore_jax.quant.array import QuantizedArray, dequantize, quantize
 from galore_jax.quant.differentiate import DifferentiableWeight, matmul, value_and_grad
-from galore_jax.quant.dynamic import DynamicArray
 from galore_jax.quant.params import dequantize_params, quantize_params
+from galore_jax.quant.power import PowerArray
 
 __all__ = [
     "DifferentiableWeight",
-    "DynamicArray",
+    "PowerArray",
     "QuantizedArray",
     "dequantize",
     "dequantize_params",

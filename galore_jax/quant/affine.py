@@ -84,14 +84,18 @@ def stochastic(position: jax.Array, bits: int, noise: jax.Array) -> jax.Array:
     return _codes(below + (noise < position - below).astype(jnp.float32), bits)
 
 
-def with_top(codes: jax.Array, split: jax.Array, bounds: Range, bits: int, axis: int) -> jax.Array:
-    """`nearest` codes with the greatest code at the greatest value, in its own range.
+def with_ends(
+    codes: jax.Array, split: jax.Array, bounds: Range, grid: Grid, bits: int, axis: int
+) -> jax.Array:
+    """`nearest` codes with the outermost codes at the ends of the block's own range.
 
-    Rounding errors could take it away in a tie. So the range of the decoded block is that of the
+    Rounding errors could take them away in a tie. So the range of the decoded block is that of the
     grid, and quantizing again changes nothing.
     """
-    is_top = (split == jnp.expand_dims(bounds.high, axis)) & (split > 0)
-    return jnp.where(is_top, jnp.uint8(_top(bits)), codes)
+    low, high, scale = (jnp.expand_dims(part, axis) for part in (*bounds, grid.scale))
+    spans = scale > _SMALLEST_SCALE  # otherwise the range is shorter than the grid
+    codes = jnp.where(spans & (split == low) & (split < 0), jnp.uint8(0), codes)
+    return jnp.where(spans & (split == high) & (split > 0), jnp.uint8(_top(bits)), codes)
 
 
 def decode(codes: jax.Array, grid: Grid, block: int, axis: int) -> jax.Array:

@@ -76,8 +76,11 @@ class QuantizedArray(OneLeaf):
         return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
 
     def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """The decoded array in another dtype."""
-        return decode(self).astype(dtype)
+        """The decoded array in another dtype; saturates where that one ends earlier than fp32."""
+        wide, largest = decode(self), float(jnp.finfo(dtype).max)
+        if largest < float(jnp.finfo(jnp.float32).max):
+            wide = jnp.clip(wide, -largest, largest)  # an outer code may lie beyond the range
+        return wide.astype(dtype)
 
     def __jax_array__(self) -> jax.Array:
         return dequantize(self)
@@ -89,8 +92,9 @@ class QuantizedArray(OneLeaf):
         return other * dequantize(self)
 
     def __repr__(self) -> str:
+        shape = self.shape if hasattr(self.codes, "shape") else None
         return (
-            f"QuantizedArray(shape={getattr(self.codes, 'shape', None)}, bits={self.bits}, "
+            f"QuantizedArray(shape={shape}, bits={self.bits}, "
             f"block={self.block}, dtype={jnp.dtype(self.dtype).name})"
         )
 
@@ -149,11 +153,14 @@ def quantize(
     grid = affine.fit(bounds, bits, stochastic=key is not None)
     position = affine.positions(split, grid, axis)
     if key is None:
-        codes = affine.with_top(affine.nearest(position, bits), split, bounds, bits, axis)
+        codes = affine.nearest(position, bits)
+        codes = affine.with_ends(codes, split, bounds, grid, bits, axis)
     else:
         noise = blocks.split(rounding_noise(leaf_key(key, ""), x.shape), block, axis)
         codes = affine.stochastic(position, bits, noise)
-    return _assemble(codes, grid, x.shape[axis], bits, block, x.dtype, axis)
+    size = x.shape[axis]
+    packed = packing.pack(blocks.join(codes, size, axis), bits, axis)
+    return QuantizedArray(packed, *grid, size, bits, block, jnp.dtype(x.dtype), axis)
 
 
 def dequantize(x: Any) -> jax.Array:
@@ -170,7 +177,7 @@ def dequantize(x: Any) -> jax.Array:
       >>> gj.quant.dequantize(gj.quant.quantize(jnp.zeros((3, 5)))).shape
       (3, 5)
     """
-    return decode(x).astype(x.dtype) if isinstance(x, QuantizedArray) else x
+    return x.astype(x.dtype) if isinstance(x, QuantizedArray) else x
 
 
 def decode(x: QuantizedArray) -> jax.Array:
@@ -194,42 +201,32 @@ def add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> Quanti
     Returns:
       The sum, stored like `x`.
     """
-    codes, change = (
-        blocks.split(part.astype(jnp.float32), x.block, x.axis)
-        for part in (packing.unpack(x.codes, x.size, x.bits, x.axis), update)
-    )
+
+    def per_entry(per_block: jax.Array) -> jax.Array:
+        return blocks.spread(per_block, x.size, x.block, x.axis)
+
+    codes = packing.unpack(x.codes, x.size, x.bits, x.axis)
+    update = update.astype(jnp.float32)
     old = affine.Grid(x.scales, x.zeros)
-    scale, zero = (jnp.expand_dims(part, x.axis) for part in old)
-    total = (codes - zero.astype(jnp.float32)) * scale + change
-    # Padding has code 0, which need not be the code of zero.
-    total = blocks.split(blocks.join(total, x.size, x.axis), x.block, x.axis)
-    bounds = affine.block_range(total, x.axis)
-    keep = affine.fits(bounds, old, x.bits)
+    before = affine.decode(codes, old, x.block, x.axis)
+    bounds = affine.block_range(blocks.split(before + update, x.block, x.axis), x.axis)
+    still = jnp.all(blocks.split(update, x.block, x.axis) == 0, x.axis)
+    keep = still | affine.fits(bounds, old, x.bits)
     fresh = affine.fit(bounds, x.bits, stochastic=noise is not None)
+    grid = affine.Grid(*(jnp.where(keep, a, b) for a, b in zip(old, fresh, strict=True)))
+
+    inverse = per_entry(1 / grid.scale)
     position = jnp.where(
-        jnp.expand_dims(keep, x.axis),
-        codes + change * (1 / scale),
-        affine.positions(total, fresh, x.axis),
+        per_entry(keep),
+        codes.astype(jnp.float32) + update * inverse,  # exact where nothing changes
+        (before + update) * inverse + per_entry(grid.zero).astype(jnp.float32),
     )
     if noise is None:
         new = affine.nearest(position, x.bits)
     else:
-        new = affine.stochastic(position, x.bits, blocks.split(noise, x.block, x.axis))
-    grid = affine.Grid(*(jnp.where(keep, a, b) for a, b in zip(old, fresh, strict=True)))
-    return _assemble(new, grid, x.size, x.bits, x.block, x.dtype, x.axis)
-
-
-def _assemble(
-    split: jax.Array,
-    grid: affine.Grid,
-    size: int,
-    bits: int,
-    block: int,
-    dtype: jax.typing.DTypeLike,
-    axis: int,
-) -> QuantizedArray:
-    codes = packing.pack(blocks.join(split, size, axis), bits, axis)
-    return QuantizedArray(codes, *grid, size, bits, block, jnp.dtype(dtype), axis)
+        new = affine.stochastic(position, x.bits, noise)
+    packed = packing.pack(new, x.bits, x.axis)
+    return dataclasses.replace(x, codes=packed, scales=grid.scale, zeros=grid.zero)
 
 
 def _check(x: Any, bits: int, block: int, axis: int) -> None:

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.quant import dynamic
+from galore_jax.quant import power
 
 
-class _Fields(NamedTuple):
+class _Kinds(NamedTuple):
     first: tuple[str, ...]
     second: tuple[str, ...]
 
 
-_REGISTRY: dict[type, _Fields] = {}
+_REGISTRY: dict[type, _Kinds] = {}
 
 
 def register_moment(
@@ -46,11 +46,11 @@ def register_moment(
     """
     if not (isinstance(state_type, type) and hasattr(state_type, "_fields")):
         raise TypeError(f"register_moment takes a NamedTuple class, got {state_type!r}.")
-    fields = _Fields(*((n,) if isinstance(n, str) else tuple(n) for n in (first, second)))
-    for name in fields.first + fields.second:
+    kinds = _Kinds(*((n,) if isinstance(n, str) else tuple(n) for n in (first, second)))
+    for name in kinds.first + kinds.second:
         if name not in state_type._fields:
             raise ValueError(f"{state_type.__name__} has no field {name!r}: {state_type._fields}.")
-    _REGISTRY[state_type] = fields
+    _REGISTRY[state_type] = kinds
 
 
 register_moment(optax.ScaleByAdamState, first="mu", second="nu")
@@ -66,7 +66,7 @@ register_moment(optax.ScaleByRssState, second="sum_of_squares")
 class Moments(NamedTuple):
     """The moments that one optimizer state holds for one leaf, by field name.
 
-    Arrays, or `quant.DynamicArray`s in the state of `quantized_state`.
+    Arrays, or `quant.PowerArray`s in the state of `quantized_state`.
     """
 
     first: dict[str, Any]
@@ -79,7 +79,7 @@ def decoded(moments: Moments) -> Moments:
     """The same moments as arrays."""
 
     def decode(field: Any) -> Any:
-        return dynamic.decode(field) if isinstance(field, dynamic.DynamicArray) else field
+        return power.decode(field) if isinstance(field, power.PowerArray) else field
 
     return moments._replace(
         first={name: decode(field) for name, field in moments.first.items()},
@@ -92,8 +92,8 @@ def encoded_like(moments: Moments, like: Moments) -> Moments:
 
     def encode(fields: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: dynamic.encode_like(field, stored[name])
-            if isinstance(stored[name], dynamic.DynamicArray)
+            name: power.encode_like(field, stored[name])
+            if isinstance(stored[name], power.PowerArray)
             else field
             for name, field in fields.items()
         }
@@ -101,6 +101,20 @@ def encoded_like(moments: Moments, like: Moments) -> Moments:
     return moments._replace(
         first=encode(moments.first, like.first), second=encode(moments.second, like.second)
     )
+
+
+def encode_state_like(state: Any, stored: Any, treedef: Any) -> Any:
+    """A state whose moments are arrays, each stored as in `stored`, a state of the same kind."""
+    found: list[Moments] = []
+
+    def collect(leaf: int, moments: Moments) -> Moments:
+        del leaf
+        found.append(moments)
+        return moments
+
+    map_moments(stored, treedef, collect)
+    likes = iter(found)
+    return map_moments(state, treedef, lambda _, moments: encoded_like(moments, next(likes)))
 
 
 def map_moments(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
@@ -114,12 +128,29 @@ def map_moments(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments])
     Returns:
       The state with its moments replaced; everything else as it was.
     """
+    return _map_registered(state, lambda found: _map_leaves(found, treedef, fn))
+
+
+def only_leaf(state: Any, treedef: Any, leaf: int) -> Any:
+    """The state with the moments of one leaf; `optax.MaskedNode`s take the places of the others."""
+
+    def restrict(found: Any) -> Any:
+        names, fields = _fields(found, treedef)
+        masked = [optax.MaskedNode()] * treedef.num_leaves
+        kept = {name: [*masked[:leaf], fields[name][leaf], *masked[leaf + 1 :]] for name in names}
+        return found._replace(**{name: treedef.unflatten(kept[name]) for name in names})
+
+    return _map_registered(state, restrict)
+
+
+def _map_registered(state: Any, fn: Callable[[Any], Any]) -> Any:
+    """Applies `fn` to every registered state inside `state`."""
     if type(state) in _REGISTRY:
-        return _map_registered(state, treedef, fn)
+        return fn(state)
     if isinstance(state, dict):
-        return {key: map_moments(child, treedef, fn) for key, child in state.items()}
+        return {key: _map_registered(child, fn) for key, child in state.items()}
     if isinstance(state, tuple | list):
-        children = [map_moments(child, treedef, fn) for child in state]
+        children = [_map_registered(child, fn) for child in state]
         return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
     return state
 
@@ -145,18 +176,23 @@ def check_known(state: Any, treedef: Any) -> None:
         )
 
 
-def _map_registered(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
-    names = _REGISTRY[type(state)]
+def _fields(state: Any, treedef: Any) -> tuple[list[str], dict[str, list[Any]]]:
+    """Names of the moment fields of a registered state, and their leaves."""
+    kinds = _REGISTRY[type(state)]
+    names = [*kinds.first, *kinds.second]
     try:
-        fields = {
-            name: treedef.flatten_up_to(getattr(state, name)) for name in names.first + names.second
-        }
+        return names, {name: treedef.flatten_up_to(getattr(state, name)) for name in names}
     except (ValueError, TypeError):
         raise TypeError(
             f"the moments of {type(state).__name__} do not have the structure of the parameters, "
             "so this transport cannot carry them to a new basis. Use transport.align(), which "
             "serves any inner transformation."
         ) from None
+
+
+def _map_leaves(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
+    kinds = _REGISTRY[type(state)]
+    _, fields = _fields(state, treedef)
     for leaf in range(treedef.num_leaves):
         here = {name: leaves[leaf] for name, leaves in fields.items()}
         if any(isinstance(moment, optax.MaskedNode) for moment in here.values()):
@@ -164,8 +200,8 @@ def _map_registered(state: Any, treedef: Any, fn: Callable[[int, Moments], Momen
         moments = fn(
             leaf,
             Moments(
-                {name: here[name] for name in names.first},
-                {name: here[name] for name in names.second},
+                {name: here[name] for name in kinds.first},
+                {name: here[name] for name in kinds.second},
                 # Not getattr: every tuple has a method of that name.
                 state.count if "count" in state._fields else None,
             ),

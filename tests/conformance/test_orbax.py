@@ -22,8 +22,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # orbax' own
 
 BY_NAME = {case.name: case for case in cc.CASES}
 SOME = [
-    BY_NAME[name]
-    for name in ("galore_adafactor", "keep-svd-input", "rotate-randomized", "staggered-rotate-bf16")
+    *(
+        BY_NAME[name]
+        for name in (
+            "galore_adafactor",
+            "keep-svd-input",
+            "rotate-randomized",
+            "staggered-rotate-bf16",
+            "rotate-adam8bit",
+        )
+    ),
+    *cc.QUANTIZED_BASES,
 ]
 
 
@@ -128,6 +137,7 @@ def test_what_fixes_no_shape_may_change(changes, restored, tmp_path):
         ("side", "long"),
         ("side", "output"),
         ("codec", gj.codecs.cast("bfloat16")),
+        ("codec", gj.codecs.int4()),
         ("state_dtype", jnp.bfloat16),
     ],
 )
@@ -145,6 +155,45 @@ def test_a_checkpoint_of_other_storage_is_refused_by_name(through, field, value,
     state = through(tmp_path / "checkpoint", written(), written())
     with pytest.raises(ValueError, match=field):
         make(**{field: value}).update(GRADS[3], state)
+
+
+def test_codes_of_another_width_or_group_are_refused_by_name():
+    """Two groups may have arrays of the same shapes: the configuration tells them apart."""
+    with_codes = make(codec=gj.codecs.int4())
+    _, state = with_codes.update(GRADS[0], with_codes.init(PARAMS))
+    for codec in (gj.codecs.int8(), gj.codecs.int4(block=16), gj.codecs.identity()):
+        with pytest.raises(ValueError, match="codec"):
+            make(codec=codec).update(GRADS[1], state)
+
+
+@both
+def test_weights_in_codes_go_through_a_checkpoint(through, tmp_path):
+    params = gj.quant.quantize_params(PARAMS, block=4)
+    assert isinstance(params["w"], gj.quant.QuantizedArray)
+    restored = through(tmp_path / "checkpoint", params, params)
+    assert_same_bits(restored, params)
+    key = jax.random.key(1)
+    assert_same_bits(
+        gj.apply_updates(restored, GRADS[0], key=key), gj.apply_updates(params, GRADS[0], key=key)
+    )
+
+
+def test_the_memory_of_adaptive_goes_through_a_checkpoint(tmp_path):
+    """Gaps, similarities and counts; NaN where there has not been a similarity yet."""
+    policy = gj.refresh.adaptive(1, patience=2, threshold=0.1, max_gap=8)
+    tx = make(refresh=policy, codec=gj.codecs.int4(block=4))
+    state, step = tx.init(PARAMS), cc.jit(tx.update)
+    for grads in GRADS[:2]:
+        _, state = step(grads, state)
+    restored = through_v1(tmp_path / "checkpoint", state, tx.init(PARAMS))
+    assert_same_bits(restored, state)
+    assert np.isnan(restored.refresh_state.memory.similarities["w"]).tolist() == [True, False]
+    for grads in (GRADS * 3)[2:]:
+        update, state = step(grads, state)
+        again, restored = step(grads, restored)
+        assert_same_bits(again, update)
+    assert_same_bits(restored, state)
+    assert int(state.refresh_state.memory.gap["w"]) > 1
 
 
 @pytest.mark.xfail(strict=True, reason="the configuration is static and no part of a checkpoint")
