@@ -13,6 +13,7 @@ from galore_jax.alias import (
 )
 from galore_jax.describe import describe
 from galore_jax.quant import matmul
+from galore_jax.sharding import init_sharded, state_sharding
 from galore_jax.transforms import (
     LowRankState,
     apply_updates,
@@ -40,6 +41,7 @@ __all__ = [
     "galore_adamw8bit",
     "galore_lion",
     "galore_sgd",
+    "init_sharded",
     "low_rank_projection",
     "matmul",
     "memory",
@@ -50,6 +52,7 @@ __all__ = [
     "refresh",
     "scale_by_adam8bit",
     "scale_by_factored_rms",
+    "state_sharding",
     "transport",
     "views",
 ]

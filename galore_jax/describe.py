@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from galore_jax.transforms import LowRankState
+from galore_jax.transforms.lenses import find_lenses, own_params
 from galore_jax.views import LeafPlan, leaf_plan
 from galore_jax.views.leaves import abstract, flatten_leaves, is_leaf, leaf_paths
 
@@ -96,18 +96,9 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
 def _plans(state: Any, params: Any) -> dict[str, LeafPlan]:
     """The plan of every leaf, from the lens that has it (under `partition` there are several)."""
     plans: dict[str, LeafPlan] = {}
-    for lens in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, LowRankState)):
-        if not isinstance(lens, LowRankState):
-            continue
-        seen = set(leaf_paths(lens.projectors))
-        paths = leaf_paths(params)
-        leaves, treedef = flatten_leaves(params)
-        # As the lens got them: under a mask the other leaves are not there.
-        own = treedef.unflatten(
-            leaf if path in seen else optax.MaskedNode()
-            for path, leaf in zip(paths, leaves, strict=True)
-        )
-        plans.update({plan.path: plan for plan in leaf_plan(lens.config, own)})
+    for lens in find_lenses(state):
+        own = leaf_plan(lens.config, own_params(lens, params))
+        plans.update({plan.path: plan for plan in own})
     return plans
 
 

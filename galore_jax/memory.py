@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.transforms import LowRankState
+from galore_jax.transforms.lenses import find_lenses
 from galore_jax.views.leaves import abstract, flatten_leaves
 
 
@@ -92,11 +92,7 @@ def report(opt_state: Any, params: Any) -> Memory:
       >>> gj.memory.report(state, params).projectors
       2048
     """
-    lenses = [
-        node
-        for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LowRankState))
-        if isinstance(node, LowRankState)
-    ]
+    lenses = find_lenses(opt_state)
     projectors = sum(_bytes(lens.projectors) for lens in lenses)
     inner_state = sum(_bytes(lens.inner_state) for lens in lenses)
     refresh = sum(_bytes(lens.refresh_state) for lens in lenses)

@@ -21,6 +21,7 @@ TOP_LEVEL = {
     "galore_adamw8bit",
     "galore_lion",
     "galore_sgd",
+    "init_sharded",
     "low_rank_projection",
     "matmul",
     "memory",
@@ -31,6 +32,7 @@ TOP_LEVEL = {
     "refresh",
     "scale_by_adam8bit",
     "scale_by_factored_rms",
+    "state_sharding",
     "transport",
     "views",
 }

@@ -20,8 +20,8 @@ class AdaptiveState(NamedTuple):
 
     Args:
       gap: ``int32[*batch]``, steps between refreshes.
-      similarities: ``float32[*batch, patience]``, the latest ones, oldest first; NaN where there
-        has not been one yet.
+      similarities: ``float32[*batch, patience]``, the latest ones, oldest first; -patience where
+        there has not been one yet, so that no mean with such a place reaches a threshold.
     """
 
     gap: Any
@@ -94,7 +94,7 @@ class adaptive(RefreshPolicy):
         return AdaptiveState(
             gap=treedef.unflatten(jnp.full(shape, self.gap, jnp.int32) for shape in shapes),
             similarities=treedef.unflatten(
-                jnp.full((*shape, self.patience), jnp.nan, jnp.float32) for shape in shapes
+                jnp.full((*shape, self.patience), -self.patience, jnp.float32) for shape in shapes
             ),
         )
 
@@ -126,8 +126,8 @@ class adaptive(RefreshPolicy):
         pushed = jnp.concatenate([similarities[..., 1:], latest[..., None]], axis=-1)
         compared = move.moved & ~move.first
         similarities = jnp.where(compared[..., None], pushed, similarities)
-        # The mean is NaN, and no reason to grow, as long as there are too few.
         still = compared & (jnp.mean(similarities, axis=-1) >= self.threshold)
         longest = _LONGEST if self.max_gap is None else self.max_gap
-        grown = jnp.minimum(gap.astype(jnp.float32) * self.growth, longest).astype(jnp.int32)
-        return jnp.where(still, jnp.maximum(grown, gap), gap), similarities
+        grown = (gap.astype(jnp.float32) * self.growth).astype(jnp.int32)
+        grown = jnp.minimum(jnp.maximum(grown, gap + 1), longest)  # short gaps grow, too
+        return jnp.where(still, grown, gap), similarities

@@ -11,7 +11,7 @@ import optax
 
 from galore_jax.keys import leaf_key, rounding_noise
 from galore_jax.quant.array import QuantizedArray, add
-from galore_jax.views.leaves import is_one_leaf
+from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox, unboxed
 
 
 def apply_updates(
@@ -51,24 +51,27 @@ def apply_updates(
       Gradients", 2024, section 3.4 (https://arxiv.org/abs/2407.08296).
     """
 
-    def apply(path: Any, param: Any, update: Any) -> Any:
-        if param is None or update is None:
-            return param
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if isinstance(param, QuantizedArray):
-            _check_shape(name, param, update)
-            noise = None if key is None else rounding_noise(leaf_key(key, name), param.shape)
-            return add(param, update, noise)
-        if key is not None and jnp.result_type(param) == jnp.bfloat16:
-            noise = rounding_noise(leaf_key(key, name), jnp.shape(param))
-            return stochastic_bfloat16(
-                jnp.asarray(param).astype(jnp.float32) + update.astype(jnp.float32), noise
-            )
-        return optax.apply_updates(param, update)
+    leaves, treedef = flatten_leaves(params)
+    changes = treedef.flatten_up_to(unboxed(updates))
+    new = [
+        _apply(path, leaf, change, key)
+        for path, leaf, change in zip(leaf_paths(params), leaves, changes, strict=True)
+    ]
+    return rebox(params, new)
 
-    return jax.tree_util.tree_map_with_path(
-        apply, params, updates, is_leaf=lambda node: node is None or is_one_leaf(node)
-    )
+
+def _apply(path: str, param: Any, update: Any, key: jax.Array | None) -> Any:
+    if update is None:
+        return param
+    if isinstance(param, QuantizedArray):
+        _check_shape(path, param, update)
+        noise = None if key is None else rounding_noise(leaf_key(key, path), param.shape)
+        return add(param, update, noise)
+    if key is not None and jnp.result_type(param) == jnp.bfloat16:
+        noise = rounding_noise(leaf_key(key, path), jnp.shape(param))
+        total = jnp.asarray(param).astype(jnp.float32) + update.astype(jnp.float32)
+        return stochastic_bfloat16(total, noise)
+    return optax.apply_updates(param, update)
 
 
 def stochastic_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:

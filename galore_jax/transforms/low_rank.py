@@ -18,6 +18,7 @@ from galore_jax.projectors import Projector
 from galore_jax.refresh import MatrixSlots, RefreshPolicy
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig, check_same_storage, low_rank_config
+from galore_jax.transforms.explicit_mesh import compiler_chooses
 from galore_jax.transforms.inner import at_full_size, check_inner, inner_proxy
 from galore_jax.transport import Transport
 from galore_jax.views import LeafPlan, ProjectedGradient, leaf_plan
@@ -214,7 +215,7 @@ def low_rank_projection(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, compiler_chooses(update_fn))
 
 
 class _Leaf(NamedTuple):

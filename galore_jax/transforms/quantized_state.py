@@ -11,6 +11,7 @@ import optax
 from galore_jax.quant import dequantize, power
 from galore_jax.quant.array import check_format
 from galore_jax.transforms.elementwise import is_elementwise
+from galore_jax.transforms.explicit_mesh import compiler_chooses
 from galore_jax.transforms.streaming import merge, piece_of, streamed
 from galore_jax.transport.moments import (
     Moments,
@@ -72,7 +73,8 @@ def quantized_state(
         del leaf
 
         def encode_field(x: jax.Array, signed: bool) -> Any:
-            if x.size < min_size or not jnp.issubdtype(x.dtype, jnp.floating):
+            small = x.ndim == 0 or x.size < max(min_size, 1)
+            if small or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             axis = power.block_axis(x.shape)
             return power.encode(x, signed=signed, bits=bits, block=block, axis=axis)
@@ -120,7 +122,7 @@ def quantized_state(
             )
         return rebox(updates, treedef.flatten_up_to(directions)), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, compiler_chooses(update_fn))
 
 
 def scale_by_adam8bit(
@@ -157,6 +159,8 @@ def scale_by_adam8bit(
 
 def _wide(leaf: Any) -> jax.Array:
     """A leaf in fp32 at least: a bf16 second moment could not decay."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        leaf = jnp.zeros(leaf.shape, leaf.dtype)
     array = jnp.asarray(dequantize(leaf))
     narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
     return array.astype(jnp.float32) if narrow else array

@@ -64,6 +64,11 @@ def flatten_leaves(tree: Any) -> tuple[list[Any], Any]:
     return [_unbox(leaf) for leaf in leaves], treedef
 
 
+def unboxed(tree: Any) -> Any:
+    """The tree without boxes."""
+    return jax.tree.map(_unbox, tree, is_leaf=is_leaf)
+
+
 def without_masked(tree: Any) -> Any:
     """Nodes whose parts a mask took away, as one `optax.MaskedNode`, like any other leaf.
 
@@ -82,7 +87,9 @@ def rebox(tree: Any, leaves: list[Any]) -> Any:
     """Puts `leaves` into the structure of `tree`, inside the boxes that `tree` has."""
     old, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
     boxed = [
-        jax.tree.unflatten(jax.tree.structure(box), [leaf]) if is_box(box) else leaf
+        jax.tree.unflatten(jax.tree.structure(box, is_leaf=is_one_leaf), [leaf])
+        if is_box(box)
+        else leaf
         for box, leaf in zip(old, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, boxed)

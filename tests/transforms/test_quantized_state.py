@@ -272,6 +272,13 @@ def test_the_state_is_a_fixed_point_and_nothing_is_traced_again(dtype, bits, rel
         assert jax.tree.structure(abstract) == before[0]
 
 
+def test_abstract_parameters():
+    """As optax's own transformations, and the lens, take them."""
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+    tx = gj.quantized_state(optax.scale_by_adam(), min_size=MIN_SIZE)
+    assert signature(tx.init(shapes)) == signature(tx.init(GRADIENTS[0]))
+
+
 def test_moments_that_the_inner_keeps_in_bf16_decode_to_bf16(relaxed):
     inner = relaxed(optax.scale_by_adam(mu_dtype=jnp.bfloat16))
     tx = gj.quantized_state(inner, min_size=2)

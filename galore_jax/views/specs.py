@@ -1,0 +1,72 @@
+"""One rule from the sharding of a parameter to those of its basis and its low-rank arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from galore_jax.views.matrix_view import MatrixView
+
+# One entry of a PartitionSpec: no mesh axis, one, or several.
+Entry = Any
+
+
+def basis_spec(view: MatrixView, spec: PartitionSpec) -> PartitionSpec:
+    """Of a basis ``[*batch, projected, rank]``."""
+    return PartitionSpec(*_batch(view, spec), flattened(view.projected, spec), None)
+
+
+def low_rank_spec(view: MatrixView, spec: PartitionSpec, *, spread: bool) -> PartitionSpec:
+    """Of a low-rank array ``[*batch, kept, rank]``.
+
+    With `spread`, mesh axes that shard the projected axis, over which such an array would be
+    replicated, shard its kept axis as well.
+    """
+    kept = flattened(view.kept, spec)
+    if spread:
+        names = axis_names(kept) + axis_names(flattened(view.projected, spec))
+        kept = names if len(names) > 1 else next(iter(names), None)
+    return PartitionSpec(*_batch(view, spec), kept, None)
+
+
+def flattened(axes: tuple[int, ...], spec: PartitionSpec) -> Entry:
+    """Entry of several axes flattened into one: that of the first, if the others are whole.
+
+    Only then is a shard of the flattened axis one piece.
+    """
+    first, *others = (entry_of(spec, axis) for axis in axes)
+    return None if any(axis_names(entry) for entry in others) else first
+
+
+def entry_of(spec: PartitionSpec, axis: int) -> Entry:
+    """Entry of one axis; specs may be shorter than the array."""
+    return spec[axis] if axis < len(spec) else None
+
+
+def axis_names(entry: Entry) -> tuple[str, ...]:
+    """Mesh axes of an entry."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def that_divides(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh_shape: dict[str, int]
+) -> PartitionSpec:
+    """The spec with the entries dropped that do not divide their axis."""
+    return PartitionSpec(
+        *(
+            entry if size % math.prod(mesh_shape[n] for n in axis_names(entry)) == 0 else None
+            for size, entry in zip(shape, _padded(spec, len(shape)), strict=True)
+        )
+    )
+
+
+def _padded(spec: PartitionSpec, ndim: int) -> list[Entry]:
+    return [entry_of(spec, axis) for axis in range(ndim)]
+
+
+def _batch(view: MatrixView, spec: PartitionSpec) -> list[Entry]:
+    return [entry_of(spec, axis) for axis in view.batch]
