@@ -150,9 +150,9 @@ class _Walk:
         if leaves is not None:
             return tree.treedef.unflatten(map(self.leaf, leaves, tree.leaves))
         children, treedef = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
-        if treedef == jax.tree.structure(0):
-            return self.sharding((), PartitionSpec())
-        return treedef.unflatten(self.node(child, tree) for child in children)
+        if len(children) == 1 and children[0] is node:
+            return self.sharding((), PartitionSpec())  # an array like no parameter
+        return jax.tree.unflatten(treedef, [self.node(child, tree) for child in children])
 
     def lens(self, lens: LowRankState, tree: _Tree) -> LowRankState:
         """A lens: bases and low-rank moments have specs of their own."""
@@ -173,7 +173,7 @@ class _Walk:
                     low_rank_spec(plan.view, spec, spread=self.spread),
                 )
             )
-        replicated = self.sharding((), PartitionSpec())
+        replicated: Any = self.sharding((), PartitionSpec())
         return lens._replace(
             count=replicated,
             projectors=self.node(lens.projectors, _Tree(treedef, bases)),

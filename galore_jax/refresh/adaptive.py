@@ -99,7 +99,7 @@ class adaptive(RefreshPolicy):
         )
 
     def decide(self, count, slots, memory, moves):
-        treedef = jax.tree.structure(memory.gap)
+        treedef: Any = jax.tree.structure(memory.gap)
         gaps, similarities = (treedef.flatten_up_to(tree) for tree in memory)
         due: list[jax.Array | None] = []
         for i, move in enumerate(moves):

@@ -315,7 +315,7 @@ def _decide(
 ) -> RefreshState:
     """Which matrices are due at `count`: those the policy names, and those that failed."""
     moves = [leaf.move for leaf in entered]
-    moved = [move and move.moved for move in moves]
+    moved = [None if move is None else move.moved for move in moves]
     slots = _slots([leaf.plan for leaf in leaves])
     planned, memory = config.refresh.decide(count, slots, state.memory, moves)
     due = [

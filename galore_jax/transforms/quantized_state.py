@@ -115,7 +115,7 @@ def quantized_state(
                 )
                 for leaf in range(treedef.num_leaves)
             ]
-            directions, state = map(merge, zip(*pieces, strict=True))
+            directions, state = (merge(list(parts)) for parts in zip(*pieces, strict=True))
         else:
             directions, state = update(
                 treedef.unflatten(gradients), state, weights and treedef.unflatten(weights)

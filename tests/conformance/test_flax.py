@@ -132,7 +132,6 @@ def test_nnx_with_sharding_metadata():
     np.testing.assert_allclose(losses, bare, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="products of a refresh do not say their sharding yet")
 def test_update_of_nnx_parameters_on_an_explicit_mesh():
     """The update alone; a model that multiplies sharded axes has to say how, and ours does not."""
     tx = gj.galore_adamw(1e-2, **OPTIONS)
