@@ -73,7 +73,7 @@ def test_the_default():
         (lambda path, leaf: path.endswith("q"), ["layers/attn/q"]),
         (gj.all_matrices, ["embed", "layers/attn/q", "layers/mlp", "layers/norm"]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_overrides(targets, expected):
     assert projected(PARAMS, targets=targets) == expected
