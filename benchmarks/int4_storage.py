@@ -55,7 +55,7 @@ def _bases() -> list[jax.Array]:
 
 def _storage(repeats: int) -> list[dict[str, Any]]:
     codes = [quantize(basis, bits=4, axis=-2) for basis in _bases()]
-    plain = [packing.unpack(q.codes, q.size, 4, -2) for q in codes]
+    plain = [packing.unpack(q.codes, q.length, 4, -2) for q in codes]
     ways: dict[str, Pair] = {
         "two a byte (ours)": (
             lambda x: packing.pack(x, 4, -2),

@@ -107,7 +107,7 @@ def report(opt_state: Any, params: Any) -> Memory:
 
 def _bytes(tree: Any) -> int:
     """Bytes of all arrays; scalars that stand where a leaf has nothing count as well."""
-    arrays = jax.tree.leaves(tree)
+    arrays = map(abstract, jax.tree.leaves(tree))
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
 
 

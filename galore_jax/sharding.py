@@ -10,9 +10,9 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_jax.quant import dequantize_params
+from galore_jax.quant import QuantizedArray, dequantize_params
 from galore_jax.transforms import LowRankState
-from galore_jax.transforms.lenses import find_lenses, own_params
+from galore_jax.transforms.lenses import own_params
 from galore_jax.views import leaf_plan
 from galore_jax.views.leaves import abstract, flatten_leaves, is_one_leaf, leaf_paths
 from galore_jax.views.specs import (
@@ -46,7 +46,8 @@ def state_sharding(
 
     Args:
       tx: Any optax transformation.
-      params: Parameters or their `ShapeDtypeStruct`s.
+      params: Parameters or their `ShapeDtypeStruct`s; `quant.QuantizedArray`s count as the arrays
+        they stand for, as in ``tx.init(quant.dequantize_params(params))``.
       params_sharding: Tree like `params` with a `NamedSharding` for each leaf.
       spread: Also use P for the kept axis of low-rank moments, which are otherwise replicated over
         it. Worth it when weights are sharded along their projected axis.
@@ -198,12 +199,17 @@ def _leaves_like(node: Any, tree: _Tree) -> list[Any] | None:
         leaves = tree.treedef.flatten_up_to(node)
     except (ValueError, TypeError):
         return None
-    if find_lenses(leaves):
-        return None  # by chance: the labels of a partition, say
+    if not all(map(_is_one_array, leaves)):
+        return None  # a container that has as many children, by chance
     if leaves and leaves[0] is node:
         # The parameters are one array, which anything looks like.
         return leaves if getattr(node, "shape", None) == tree.leaves[0].shape else None
     return leaves
+
+
+def _is_one_array(node: Any) -> bool:
+    """An array, what stands for one, or nothing: also inside a box."""
+    return is_one_leaf(node) or len(jax.tree.leaves(node, is_leaf=is_one_leaf)) <= 1
 
 
 def _restricted(like: _Like, shape: tuple[int, ...]) -> PartitionSpec:
@@ -234,7 +240,9 @@ def _matching(params_sharding: Any, treedef: Any, paths: list[str]) -> list[Name
         ) from None
     found = []
     for path, node in zip(paths, nodes, strict=True):
-        inside = jax.tree.leaves(node)  # boxes have theirs in a box
+        inside = jax.tree.leaves(node, is_leaf=is_one_leaf)  # boxes have theirs in a box
+        # The codes of a quantized weight have its axes.
+        inside = [x.codes if isinstance(x, QuantizedArray) else x for x in inside]
         if len(inside) != 1 or not isinstance(inside[0], NamedSharding):
             raise TypeError(f"leaf {path!r}: expected a NamedSharding, got {node!r}.")
         found.append(inside[0])

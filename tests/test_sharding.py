@@ -258,3 +258,51 @@ def test_errors_name_the_leaf():
     odd = draw(0) | {"tall": jnp.ones((97, 32))}
     with pytest.raises(ValueError, match=r"'tall' of shape \(97, 32\)"):
         gj.state_sharding(tx, odd, sharding)
+
+
+@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")], ids=str)
+def test_int8_weights_are_used_and_written_on_an_explicit_mesh(spec):
+    mesh = jax.make_mesh((8,), ("data",))
+    weight = draw(0)["wide"]
+    on_one_device = gj.quant.quantize(weight, block=32)
+    parts = NamedSharding(mesh, spec)
+    stored = jax.tree.map(
+        lambda x: jax.device_put(x, parts if x.shape == weight.shape else NamedSharding(mesh, P())),
+        on_one_device,
+    )
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(
+            jax.device_get(gj.quant.dequantize(stored)), gj.quant.dequantize(on_one_device)
+        )
+        update = jax.device_put(0.1 * weight, parts)
+        new = gj.apply_updates({"w": stored}, {"w": update}, key=None)["w"]
+    assert new.codes.sharding.spec == stored.codes.sharding.spec
+    expected = gj.apply_updates({"w": on_one_device}, {"w": 0.1 * weight}, key=None)["w"]
+    assert np.max(np.abs(jax.device_get(new.codes).astype(int) - expected.codes)) <= 1
+
+
+def test_containers_are_not_mistaken_for_parameter_trees():
+    """A chain state is a tuple, and so may the parameters be; a partition has a dict, too."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    rows, columns = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P(None, "x"))
+    params = (jnp.ones((8, 8)), jnp.ones((8, 8)))
+    adam = gj.state_sharding(optax.adam(1e-3), params, (rows, columns))[0]
+    assert (adam.mu[0].spec, adam.mu[1].spec) == (rows.spec, columns.spec)
+    tx = optax.partition({"a": optax.adam(1.0), "b": optax.adam(1.0)}, {"a": "b", "b": "a"})
+    params = {"a": params[0], "b": params[1]}
+    state = gj.state_sharding(tx, params, {"a": rows, "b": columns})
+    assert state.inner_states["b"].inner_state[0].mu["a"].spec == rows.spec
+    assert state.inner_states["a"].inner_state[0].mu["b"].spec == columns.spec
+
+
+def test_an_eager_update_on_an_explicit_mesh_is_compiled_once():
+    sharding = on_mesh("both", kind=AxisType.Explicit)
+    tx = gj.galore_sgd(1e-2, **LENS)
+    params = jax.device_put(draw(0), sharding)
+    state = tx.init(params)
+    from galore_jax import meshes
+
+    before = meshes._automatic._cache_size()
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    assert meshes._automatic._cache_size() <= before + 2  # shardings settle in the first step

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from galore_jax.keys import leaf_key, rounding_noise
+from galore_jax.meshes import compiler_chooses
 from galore_jax.quant import affine, blocks, packing
 from galore_jax.views.leaves import OneLeaf
 
@@ -35,7 +37,7 @@ class QuantizedArray(OneLeaf):
       codes: Bytes.
       scales: Steps, fp32.
       zeros: Codes of zero, uint8.
-      size: n, the length of the last axis.
+      length: n, of the last axis.
       bits: 4 or 8.
       block: Entries per block.
       dtype: What it decodes to.
@@ -51,7 +53,7 @@ class QuantizedArray(OneLeaf):
     codes: jax.Array
     scales: jax.Array
     zeros: jax.Array
-    size: int = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -63,12 +65,16 @@ class QuantizedArray(OneLeaf):
     @property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.codes.shape)
-        shape[self.axis] = self.size
+        shape[self.axis] = self.length
         return tuple(shape)
 
     @property
     def ndim(self) -> int:
         return len(self.codes.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -182,7 +188,11 @@ def dequantize(x: Any) -> jax.Array:
 
 def decode(x: QuantizedArray) -> jax.Array:
     """The array in fp32, the precision in which the law of idempotence holds."""
-    codes = packing.unpack(x.codes, x.size, x.bits, x.axis)
+    return compiler_chooses(_decode, x, like=x.codes)
+
+
+def _decode(x: QuantizedArray) -> jax.Array:
+    codes = packing.unpack(x.codes, x.length, x.bits, x.axis)
     return affine.decode(codes, affine.Grid(x.scales, x.zeros), x.block, x.axis)
 
 
@@ -190,8 +200,8 @@ def add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> Quanti
     """``x + update``, stored like `x`, on its grid wherever the sum fits.
 
     A block keeps its grid as long as that covers it and is not more than twice too wide, and the
-    sum is then taken in steps of the grid. So an update of zero changes no code, and stochastic
-    rounding adds noise in proportion to the update.
+    sum is then taken in steps of the grid. So a block whose updates are all zero keeps its codes,
+    and stochastic rounding adds noise in proportion to the update.
 
     Args:
       x: What is stored.
@@ -201,11 +211,15 @@ def add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> Quanti
     Returns:
       The sum, stored like `x`.
     """
+    return compiler_chooses(_add, x, update, noise, like=x)
+
+
+def _add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> QuantizedArray:
 
     def per_entry(per_block: jax.Array) -> jax.Array:
-        return blocks.spread(per_block, x.size, x.block, x.axis)
+        return blocks.spread(per_block, x.length, x.block, x.axis)
 
-    codes = packing.unpack(x.codes, x.size, x.bits, x.axis)
+    codes = packing.unpack(x.codes, x.length, x.bits, x.axis)
     update = update.astype(jnp.float32)
     old = affine.Grid(x.scales, x.zeros)
     before = affine.decode(codes, old, x.block, x.axis)

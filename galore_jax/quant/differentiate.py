@@ -58,6 +58,9 @@ class DifferentiableWeight(OneLeaf):
         """The decoded weight; its cotangent is the gradient of the weight."""
         return _decoded(self.weight, self.probe).astype(dtype)
 
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return matmul(x, self)
+
 
 def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
     """`jax.value_and_grad` for parameters of which some are `QuantizedArray`s.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.quant.array import QuantizedArray, check_format, dequantize, quantize
-from galore_jax.views.leaves import is_one_leaf
+from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths, rebox
 from galore_jax.views.targets import Targets, check_targets, is_target
 
 
@@ -46,9 +46,9 @@ def quantize_params(
     check_format(bits, block)
     check_targets(targets)
 
-    def quantize_leaf(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if jnp.ndim(leaf) < 2 or not is_target(targets, name, leaf):
+    def quantize_leaf(name: str, leaf: Any) -> Any:
+        shape = abstract(leaf).shape
+        if len(shape) < 2 or 0 in shape or not is_target(targets, name, leaf):
             return leaf
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             if targets is None:
@@ -59,7 +59,8 @@ def quantize_params(
             )
         return quantize(dequantize(leaf), bits=bits, block=block)
 
-    return jax.tree_util.tree_map_with_path(quantize_leaf, params, is_leaf=is_one_leaf)
+    leaves, _ = flatten_leaves(params)
+    return rebox(params, list(map(quantize_leaf, leaf_paths(params), leaves)))
 
 
 def dequantize_params(params: Any) -> Any:

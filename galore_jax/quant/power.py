@@ -10,6 +10,7 @@ with the dynamic maps of bitsandbytes, at the same bytes (`benchmarks/moment_acc
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class PowerArray(OneLeaf):
     Args:
       codes: Bytes.
       scales: fp32.
-      size: Length of the block axis.
+      length: Of the block axis.
       signed: Whether entries have both signs.
       bits: 4 or 8.
       block: Entries per block.
@@ -51,7 +52,7 @@ class PowerArray(OneLeaf):
 
     codes: jax.Array
     scales: jax.Array
-    size: int = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})
     signed: bool = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
@@ -61,12 +62,16 @@ class PowerArray(OneLeaf):
     @property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.codes.shape)
-        shape[self.axis] = self.size
+        shape[self.axis] = self.length
         return tuple(shape)
 
     @property
     def ndim(self) -> int:
         return len(self.codes.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def encode(
@@ -117,7 +122,7 @@ def encode_like(x: jax.Array, like: PowerArray) -> PowerArray:
 
 def decode(x: PowerArray) -> jax.Array:
     """The array, in its dtype."""
-    codes = packing.unpack(x.codes, x.size, x.bits, x.axis).astype(jnp.float32)
+    codes = packing.unpack(x.codes, x.length, x.bits, x.axis).astype(jnp.float32)
     top = _top(x.bits, x.signed)
     if x.signed:
         root = (codes - top) / top
@@ -125,7 +130,7 @@ def decode(x: PowerArray) -> jax.Array:
     else:
         root = codes / top
         part = (root * root) * (root * root)
-    return (part * blocks.spread(x.scales, x.size, x.block, x.axis)).astype(x.dtype)
+    return (part * blocks.spread(x.scales, x.length, x.block, x.axis)).astype(x.dtype)
 
 
 def _top(bits: int, signed: bool) -> int:

@@ -25,8 +25,8 @@ def apply_updates(
     .. math::
       W \leftarrow \mathrm{SR}(W + \Delta), \qquad \mathbb{E}\,\mathrm{SR}(x) = x.
 
-    An update of zero changes no bit. A block of codes keeps its scale as long as its values fit, so
-    that the noise is in proportion to the update.
+    A block of codes keeps its scale as long as its values fit, so that the noise is in proportion
+    to the update; a block whose updates are all zero, or a bf16 entry, keeps every bit.
 
     Args:
       params: Parameters; leaves may be `quant.QuantizedArray`s.
@@ -61,7 +61,7 @@ def apply_updates(
 
 
 def _apply(path: str, param: Any, update: Any, key: jax.Array | None) -> Any:
-    if update is None:
+    if update is None or isinstance(update, optax.MaskedNode):
         return param
     if isinstance(param, QuantizedArray):
         _check_shape(path, param, update)

@@ -14,11 +14,11 @@ import optax
 from galore_jax.basis import BasisMove
 from galore_jax.codecs import Codec
 from galore_jax.keys import matrix_keys
+from galore_jax.meshes import compiler_chooses
 from galore_jax.projectors import Projector
 from galore_jax.refresh import MatrixSlots, RefreshPolicy
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig, check_same_storage, low_rank_config
-from galore_jax.transforms.explicit_mesh import compiler_chooses
 from galore_jax.transforms.inner import at_full_size, check_inner, inner_proxy
 from galore_jax.transport import Transport
 from galore_jax.views import LeafPlan, ProjectedGradient, leaf_plan
@@ -215,7 +215,20 @@ def low_rank_projection(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, compiler_chooses(update_fn))
+    def update_with_extra(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
+        return update_fn(updates, state, params, **extra_args)
+
+    def sharded_alike(
+        updates: optax.Updates,
+        state: LowRankState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LowRankState]:
+        return compiler_chooses(
+            update_with_extra, updates, state, params, extra_args, like=(updates, state)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike)
 
 
 class _Leaf(NamedTuple):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.meshes import compiler_chooses
 from galore_jax.quant import dequantize, power
 from galore_jax.quant.array import check_format
-from galore_jax.transforms.elementwise import is_elementwise
-from galore_jax.transforms.explicit_mesh import compiler_chooses
+from galore_jax.transforms.elementwise import Entrywise, entrywise
 from galore_jax.transforms.streaming import merge, piece_of, streamed
 from galore_jax.transport.moments import (
     Moments,
@@ -20,7 +21,7 @@ from galore_jax.transport.moments import (
     map_moments,
     only_leaf,
 )
-from galore_jax.views.leaves import flatten_leaves, rebox
+from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox
 
 
 def quantized_state(
@@ -49,7 +50,7 @@ def quantized_state(
     Returns:
       A transformation with the state of `inner`, in which `quant.PowerArray`s take the place of
       large moments. When `inner` treats every entry by itself, as Adam, Lion and momentum do, large
-      leaves are updated in pieces, so that only a piece of the decoded moments is alive.
+      stacks of layers are updated in pieces, so that only a piece of the decoded moments is alive.
 
     Raises:
       TypeError: In `init`, when `inner` keeps no moment that is known.
@@ -94,35 +95,35 @@ def quantized_state(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         gradients, treedef = flatten_leaves(updates)
+        _check_storage(state, treedef, leaf_paths(updates), bits, block)
         weights = None if params is None else list(map(_wide, flatten_leaves(params)[0]))
-
-        def update(some: Any, stored: Any, some_weights: Any) -> tuple[Any, Any]:
-            """`inner` on trees with any of the leaves, or with any slice of them."""
-            wide = map_moments(stored, treedef, lambda _, moments: decoded(moments))
-            directions, wide = inner.update(
-                jax.tree.map(_wide, some), wide, some_weights, **extra_args
-            )
-            narrow = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, some)
-            return narrow, encode_state_like(wide, stored, treedef)
-
-        if not extra_args and _can_stream(inner, gradients, state, weights, treedef):
+        program = _entrywise(inner, gradients, state, weights, extra_args, treedef)
+        if program is None:
+            directions, state = _whole(inner, gradients, state, weights, extra_args, treedef)
+        else:
             pieces = [
                 streamed(
-                    update,
+                    functools.partial(_piece, program, leaf, treedef),
                     _only(treedef, gradients, leaf),
                     only_leaf(state, treedef, leaf),
-                    weights and _only(treedef, weights, leaf),
+                    (weights and _only(treedef, weights, leaf), extra_args),
                 )
                 for leaf in range(treedef.num_leaves)
             ]
             directions, state = (merge(list(parts)) for parts in zip(*pieces, strict=True))
-        else:
-            directions, state = update(
-                treedef.unflatten(gradients), state, weights and treedef.unflatten(weights)
-            )
         return rebox(updates, treedef.flatten_up_to(directions)), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, compiler_chooses(update_fn))
+    def sharded_alike(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        return compiler_chooses(
+            update_with_extra, updates, state, params, extra_args, like=(updates, state)
+        )
+
+    def update_with_extra(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
+        return update_fn(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike)
 
 
 def scale_by_adam8bit(
@@ -171,20 +172,52 @@ def _only(treedef: Any, leaves: list[Any], leaf: int) -> Any:
     return treedef.unflatten([*masked[:leaf], leaves[leaf], *masked[leaf + 1 :]])
 
 
-def _can_stream(
+def _whole(
     inner: optax.GradientTransformationExtraArgs,
     gradients: list[Any],
     state: Any,
     weights: list[Any] | None,
+    extra_args: dict[str, Any],
     treedef: Any,
-) -> bool:
-    """Whether some leaf is worth cutting, and `inner` treats every entry of it by itself."""
-    if all(piece_of(jnp.shape(gradient)) is None for gradient in gradients):
-        return False
-    leaves = range(treedef.num_leaves)
-    wide = jax.eval_shape(
-        lambda stored: map_moments(stored, treedef, lambda _, moments: decoded(moments)), state
+) -> tuple[Any, Any]:
+    """All leaves at once."""
+    wide = _decoded(state, treedef)
+    directions, wide = inner.update(
+        treedef.unflatten(map(_wide, gradients)),
+        wide,
+        weights and treedef.unflatten(weights),
+        **extra_args,
     )
+    narrow = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, treedef.unflatten(gradients))
+    return narrow, encode_state_like(wide, state, treedef)
+
+
+def _piece(
+    program: Entrywise, leaf: int, treedef: Any, gradient: Any, state: Any, rest: Any
+) -> tuple[Any, Any]:
+    """One leaf, or any layers of it."""
+    wide = jax.tree.map(_wide, gradient), _decoded(state, treedef)
+    (shape,) = (x.shape for x in jax.tree.leaves(gradient))
+    results = program.run(leaf, shape, list(map(jnp.asarray, jax.tree.leaves((wide, rest)))))
+    directions, new = jax.tree.unflatten(jax.tree.structure(wide), results)
+    narrow = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, gradient)
+    return narrow, encode_state_like(new, state, treedef)
+
+
+def _entrywise(
+    inner: optax.GradientTransformationExtraArgs,
+    gradients: list[Any],
+    state: Any,
+    weights: list[Any] | None,
+    extra_args: dict[str, Any],
+    treedef: Any,
+) -> Entrywise | None:
+    """`inner.update` as a program for pieces; None if none is needed, or possible."""
+    if all(piece_of(jnp.shape(gradient)) is None for gradient in gradients):
+        return None
+    if not all(_is_scalar(x) for x in jax.tree.leaves(extra_args)):
+        return None
+    wide = jax.eval_shape(lambda stored: _decoded(stored, treedef), state)
     numbered = map_moments(
         wide,
         treedef,
@@ -194,17 +227,54 @@ def _can_stream(
     )
     owners = [x if isinstance(x, int) else None for x in jax.tree.leaves(numbered)]
     if any(o is None and x.ndim for o, x in zip(owners, jax.tree.leaves(wide), strict=True)):
-        return False  # it keeps arrays of unknown meaning
-    trees = [treedef.unflatten(map(_wide, gradients)), wide]
-    numbers = [*leaves, *owners]
-    if weights is not None:
-        trees.append(treedef.unflatten(weights))
-    return is_elementwise(
-        inner.update, trees, [*numbers, *(leaves if weights else ())], expected=numbers
+        return None  # it keeps arrays of unknown meaning
+    leaves = list(range(treedef.num_leaves))
+    return entrywise(
+        lambda g, s, w, extra: inner.update(g, s, w, **extra),
+        (
+            treedef.unflatten(map(_wide, gradients)),
+            wide,
+            weights and treedef.unflatten(weights),
+            extra_args,
+        ),
+        inputs=[*leaves, *owners, *(leaves if weights else ()), *(None for _ in extra_args)],
+        outputs=[*leaves, *owners],
     )
 
 
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, int | float | jax.Array) and jnp.ndim(x) == 0
+
+
+def _decoded(state: Any, treedef: Any) -> Any:
+    return map_moments(state, treedef, lambda _, moments: decoded(moments))
+
+
+def _check_storage(state: Any, treedef: Any, paths: list[str], bits: int, block: int) -> None:
+    def check(leaf: int, moments: Moments) -> Moments:
+        for x in (*moments.first.values(), *moments.second.values()):
+            if isinstance(x, power.PowerArray) and (x.bits, x.block) != (bits, block):
+                raise ValueError(
+                    f"leaf {paths[leaf]!r}: its moments are stored in {x.bits} bits and blocks of "
+                    f"{x.block}, but this transformation has {bits} bits and blocks of {block}. "
+                    "Restore with the old values or init anew."
+                )
+        return moments
+
+    map_moments(state, treedef, check)
+
+
 def _check_has_moments(state: Any, treedef: Any) -> None:
+    differs = [
+        x
+        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByRStdDevState))
+        if isinstance(x, optax.ScaleByRStdDevState)
+    ]
+    if differs:
+        raise TypeError(
+            "scale_by_stddev takes the root of its second moment less the square of the first, "
+            "which rounding makes negative: use scale_by_rms or scale_by_adam in few bits."
+        )
     found = 0
 
     def count(leaf: int, moments: Moments) -> Moments:

@@ -148,10 +148,11 @@ def _map_registered(state: Any, fn: Callable[[Any], Any]) -> Any:
     if type(state) in _REGISTRY:
         return fn(state)
     if isinstance(state, dict):
-        return {key: _map_registered(child, fn) for key, child in state.items()}
+        children = [(key, _map_registered(child, fn)) for key, child in state.items()]
+        return type(state)(children)  # an OrderedDict stays one
     if isinstance(state, tuple | list):
-        children = [_map_registered(child, fn) for child in state]
-        return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
+        parts = [_map_registered(child, fn) for child in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     return state
 
 

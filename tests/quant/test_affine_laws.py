@@ -101,12 +101,12 @@ def unpacked(q):
     codes = np.moveaxis(np.asarray(q.codes), q.axis, -1)
     if q.bits == 4:
         codes = np.stack([codes % 16, codes // 16], -1).reshape(*codes.shape[:-1], -1)
-    return codes[..., : q.size]
+    return codes[..., : q.length]
 
 
 def per_entry(part, q):
     return np.repeat(np.moveaxis(np.asarray(part, np.float64), q.axis, -1), q.block, -1)[
-        ..., : q.size
+        ..., : q.length
     ]
 
 

@@ -210,7 +210,7 @@ def test_a_bare_stored_weight_is_a_constant():
     x = normal(3, 4)
 
     def loss(scales):
-        weight = QuantizedArray(q.codes, scales, q.zeros, q.size, q.bits, q.block, q.dtype, q.axis)
+        weight = QuantizedArray(q.codes, scales, q.zeros, q.length, q.bits, q.block, q.dtype, q.axis)
         return jnp.sum(gj.matmul(x, weight))
 
     np.testing.assert_array_equal(jax.grad(loss)(q.scales), 0)

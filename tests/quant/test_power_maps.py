@@ -31,7 +31,7 @@ def unpacked(q):
     codes = np.moveaxis(np.asarray(q.codes), q.axis, -1)
     if q.bits == 4:
         codes = np.stack([codes % 16, codes // 16], -1).reshape(*codes.shape[:-1], -1)
-    return codes[..., : q.size].astype(int)
+    return codes[..., : q.length].astype(int)
 
 
 def values(signed, *shape):
@@ -78,7 +78,7 @@ def test_agrees_with_an_oracle(signed, bits, shape, axis):
     decoded = np.moveaxis(np.asarray(decode(q)), axis, -1).astype(np.float64)
     scale, top, codes = greatest(x), top_code(signed, bits), unpacked(q)
     np.testing.assert_array_equal(
-        np.repeat(np.moveaxis(np.asarray(q.scales), axis, -1), BLOCK, -1)[..., : q.size], scale
+        np.repeat(np.moveaxis(np.asarray(q.scales), axis, -1), BLOCK, -1)[..., : q.length], scale
     )
     position = rooted(x / np.where(scale == 0, 1, scale), signed) * top
     code = np.round(position)

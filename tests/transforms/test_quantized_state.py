@@ -215,7 +215,6 @@ FIELDS = {
     "trace": (optax.trace(0.9), {"trace": True}),
     "ema": (optax.ema(0.9), {"ema": True}),
     "rms": (optax.scale_by_rms(), {"nu": False}),
-    "stddev": (optax.scale_by_stddev(), {"mu": True, "nu": False}),
     "rss": (optax.scale_by_rss(), {"sum_of_squares": False}),
 }
 
@@ -640,3 +639,17 @@ def test_a_state_of_ones_own_can_be_registered(monkeypatch):
 def test_bad_numbers_are_refused_when_it_is_built(options, error, name):
     with pytest.raises(error, match=name):
         gj.quantized_state(optax.trace(0.9), **options)
+
+
+def test_a_difference_of_moments_is_refused():
+    """Rounding makes nu - mu**2 negative, and its root NaN."""
+    with pytest.raises(TypeError, match="scale_by_rms"):
+        gj.quantized_state(optax.scale_by_stddev()).init({"w": jnp.ones((64, 64))})
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"block": 64}], ids=str)
+def test_a_state_in_another_format_is_refused(options):
+    params = {"w": jnp.ones((64, 128))}
+    state = gj.quantized_state(optax.trace(0.9)).init(params)
+    with pytest.raises(ValueError, match=r"'w'.*8 bits and blocks of 256"):
+        gj.quantized_state(optax.trace(0.9), **options).update(params, state)

@@ -8,7 +8,7 @@ import pytest
 
 import galore_jax as gj
 from galore_jax.transforms import streaming
-from galore_jax.transforms.elementwise import is_elementwise
+from galore_jax.transforms.elementwise import entrywise
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 
@@ -20,7 +20,7 @@ ENTRYWISE = {
     "rms": optax.scale_by_rms(),
     "adamw": optax.adamw(1e-2, weight_decay=0.1),
     "clipped": optax.chain(optax.clip(0.1), optax.ema(0.9)),
-    "masked": optax.masked(optax.scale_by_adam(), {"a": True, "b": False, "c": True}),
+    "masked": optax.masked(optax.scale_by_adam(), {"a": True, "b": False, "c": True, "d": False}),
 }
 COUPLED = {
     "global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9)),
@@ -31,7 +31,7 @@ COUPLED = {
 
 def tree(seed):
     rng = np.random.default_rng(seed)
-    shapes = {"a": (6, 24, 40), "b": (96, 20), "c": (7,)}
+    shapes = {"a": (6, 24, 40), "b": (96, 20), "c": (7,), "d": ()}
     return {
         name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()
     }
@@ -92,22 +92,22 @@ def test_temporaries_stay_below_one_decoded_moment():
     "shape, piece",
     [
         ((7,), None),
-        ((1024, 2048), None),  # 2**21 entries
-        ((1024, 4096), (0, 512)),  # blocks along the last axis: cut the rows
-        ((32000, 1024), (1, 64)),  # blocks along the first: cut the columns
-        ((24, 1024, 2048), (0, 1)),
-        ((24, 1024, 256), (0, 8)),
-        ((2, 4096, 4096), (0, 1)),
+        ((32000, 4096), None),  # no stack
+        ((2, 1024, 1024), None),  # 2**21 entries
+        ((24, 1024, 2048), 1),
+        ((24, 1024, 256), 8),
+        ((25, 1024, 256), 5),
+        ((2, 4096, 4096), 1),
     ],
 )
 def test_pieces(shape, piece):
     assert streaming.piece_of(shape) == piece
 
 
-def elementwise(fn, *shapes):
+def program(fn, *shapes, outputs=(0,)):
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     owners = [i if shape else None for i, shape in enumerate(shapes)]
-    return is_elementwise(fn, args, owners, expected=[0])
+    return entrywise(fn, args, owners, outputs)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,8 @@ def elementwise(fn, *shapes):
         (lambda x, s: x * s + jnp.sqrt(jnp.abs(x)), True),
         (lambda x, s: jnp.where(x > s, jax.nn.relu(x), -x), True),
         (lambda x, s: x + jnp.full(x.shape, 2.0) * s, True),
+        (lambda x, s: jnp.full(x.shape, 2.0) * s, True),
+        (lambda x, s: x / x.size, True),  # the size of the whole, not of a piece
         (lambda x, s: x / jnp.linalg.norm(x), False),
         (lambda x, s: x[::-1], False),
         (lambda x, s: jnp.cumsum(x, 0), False),
@@ -124,15 +126,60 @@ def elementwise(fn, *shapes):
         (lambda x, s: x * jax.random.normal(jax.random.key(0), x.shape), False),
     ],
 )
-def test_elementwise(fn, expected):
-    assert elementwise(fn, (3, 4), ()) == expected
+def test_entrywise(fn, expected):
+    found = program(fn, (3, 4), ())
+    assert (found is not None) == expected
+    if found is not None:
+        x, s = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), jnp.float32(0.3)
+        (piece,) = found.run(0, (1, 4), [x[1:2], s])
+        np.testing.assert_allclose(piece, fn(x, s)[1:2], rtol=1e-6)
 
 
-def test_leaves_that_meet_are_not_elementwise():
-    assert not elementwise(lambda x, y: x + y, (3, 4), (3, 4))
-    assert elementwise(lambda x, y: 2 * x, (3, 4), (3, 4))
+def test_leaves_that_meet_are_not_entrywise():
+    assert program(lambda x, y: x + y, (3, 4), (3, 4)) is None
+    assert program(lambda x, y: y, (3, 4), (3, 4)) is None  # the wrong leaf
+    assert program(lambda x, y: (2 * x, -y), (3, 4), (3, 4), outputs=(0, 1)) is not None
 
 
-def test_a_scalar_that_depends_on_an_array_is_not_elementwise():
-    args = [jax.ShapeDtypeStruct((3,), jnp.float32)]
-    assert not is_elementwise(jnp.sum, args, [0], expected=[None])
+def test_a_scalar_that_depends_on_an_array_is_not_entrywise():
+    assert program(jnp.sum, (3,), outputs=(None,)) is None
+
+
+def test_what_depends_on_the_size_or_the_place_of_a_leaf_stays_what_it_was(monkeypatch):
+    def scale(updates, params):
+        leaves, treedef = jax.tree.flatten(updates)
+        return treedef.unflatten(i * x / np.sqrt(x.size) for i, x in enumerate(leaves, 1))
+
+    inner = optax.chain(optax.trace(0.9), optax.stateless(scale))
+    updates, _, _ = run(inner, monkeypatch, 2**30)
+    in_pieces, _, program = run(inner, monkeypatch, 1000)
+    assert "while" in program or "scan" in program
+    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(in_pieces), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_scalar_extra_arguments_do_not_stop_it(monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 1000)
+
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda x: x * value, updates), state
+
+    scaled = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    tx = gj.quantized_state(optax.chain(optax.trace(0.9), scaled), min_size=64, block=32)
+    state = tx.init(tree(0))
+    jaxpr = str(jax.make_jaxpr(lambda g, s, v: tx.update(g, s, value=v))(tree(1), state, 3.0))
+    assert "while" in jaxpr or "scan" in jaxpr
+    updates, _ = tx.update(tree(1), state, value=3.0)
+    np.testing.assert_allclose(updates["b"], 3 * tree(1)["b"], rtol=1e-6)
+
+
+def test_a_sharded_stack_is_not_gathered():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"w": jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32)}
+    spec = jax.sharding.PartitionSpec(None, "x", None)
+    sharding = {"w": jax.sharding.NamedSharding(mesh, spec)}
+    tx = gj.scale_by_adam8bit()
+    state, states = jax.eval_shape(tx.init, params), gj.state_sharding(tx, params, sharding)
+    update = jax.jit(tx.update, in_shardings=(sharding, states), out_shardings=(sharding, states))
+    text = update.lower(params, state).compile().as_text()
+    assert "while" in text and "all-gather" not in text
