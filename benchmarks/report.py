@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+PEERS = ("torch", "galore-torch", "pytorch-optimizer", "bitsandbytes", "torchao")
+
 
 def interleaved(
     functions: dict[str, Callable[[], Any]], repeats: int
@@ -37,7 +39,7 @@ def interleaved(
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
     versions = {}
-    for package in ("jax", "jaxlib", "optax", "torch", "galore-torch", "pytorch-optimizer"):
+    for package in ("jax", "jaxlib", "optax", *PEERS):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -34,6 +34,20 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     return _automatic(fn, mesh, tuple(specs), treedef, *args)
 
 
+def sharded_alike(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """An `update` for any mesh: updates come out sharded like gradients, the state like before."""
+
+    def with_extra_args(updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+        return update(updates, state, params, **extra_args)
+
+    def wrapped(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return compiler_chooses(
+            with_extra_args, updates, state, params, extra_args, like=(updates, state)
+        )
+
+    return wrapped
+
+
 # jit: outside of one there may be no mesh to compile for.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _automatic(fn: Any, mesh: Any, specs: Any, treedef: Any, *args: Any) -> Any:

@@ -12,9 +12,9 @@ import optax
 import rich.table
 from matplotlib.figure import Figure
 
-import galore_jax as gj
 from examples.llama.optimizers import is_block_matrix, path_name
 from examples.llama.progress import Row, clock, perplexity
+from galore_jax.transforms.lenses import find_lenses
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
@@ -30,8 +30,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]
 
 def refreshes(opt_state: Any) -> dict[str, int] | None:
     """How often bases were recomputed, and how many there are; None without a lens."""
-    is_lens = lambda node: isinstance(node, gj.LowRankState)  # noqa: E731
-    lenses = [x for x in jax.tree.leaves(opt_state, is_leaf=is_lens) if is_lens(x)]
+    lenses = find_lenses(opt_state)
     if not lenses:
         return None
     counts = [

@@ -14,7 +14,7 @@ import optax
 from galore_jax.basis import BasisMove
 from galore_jax.codecs import Codec
 from galore_jax.keys import matrix_keys
-from galore_jax.meshes import compiler_chooses
+from galore_jax.meshes import sharded_alike
 from galore_jax.projectors import Projector
 from galore_jax.refresh import MatrixSlots, RefreshPolicy
 from galore_jax.transforms import subspace
@@ -215,20 +215,7 @@ def low_rank_projection(
             inner_state=inner_state,
         )
 
-    def update_with_extra(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
-        return update_fn(updates, state, params, **extra_args)
-
-    def sharded_alike(
-        updates: optax.Updates,
-        state: LowRankState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, LowRankState]:
-        return compiler_chooses(
-            update_with_extra, updates, state, params, extra_args, like=(updates, state)
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike)
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn))
 
 
 class _Leaf(NamedTuple):

@@ -216,7 +216,7 @@ def stored(bits=8, axis=-1, shape=(24, 96), block=32, seed=3):
 def steps_of(param):
     """Step of every entry."""
     repeat = np.repeat(np.asarray(param.scales, np.float64), param.block, axis=param.axis)
-    return np.take(repeat, range(param.size), axis=param.axis)
+    return np.take(repeat, range(param.length), axis=param.axis)
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
