@@ -218,7 +218,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Left: validation loss over tokens at the best rate of each; right: against the rate."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     curves, rates = figure.subplots(1, 2)
     colors = matplotlib.color_sequences["tab10"]
     for color, (variant, best) in zip(
@@ -232,7 +232,7 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
         points = sorted(
             (r["learning_rate"], r["valid_loss"]) for r in rows if r["variant"] == variant
         )
-        rates.plot(*zip(*points, strict=True), "o-", color=color, label=variant)
+        rates.plot(*zip(*points, strict=True), "o-", color=color)
     baseline = rows[0]["unigram_nats"]
     curves.axhline(baseline, color="gray", linestyle="--", label=f"unigrams, {baseline:.2f}")
     curves.set(title="at the best learning rate", xlabel="training tokens")
@@ -244,7 +244,8 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
     for axes in (curves, rates):
         axes.set_ylabel("validation loss [nats per token]")
         axes.grid(alpha=0.3)
-        axes.legend()
+    # One legend for both, below them: names of variants are long, and colours mean the same.
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(out / "comparison.png", dpi=150)
 
 
