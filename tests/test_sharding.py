@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
+from galore_jax import meshes
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 
@@ -300,8 +301,6 @@ def test_an_eager_update_on_an_explicit_mesh_is_compiled_once():
     tx = gj.galore_sgd(1e-2, **LENS)
     params = jax.device_put(draw(0), sharding)
     state = tx.init(params)
-    from galore_jax import meshes
-
     before = meshes._automatic._cache_size()
     for _ in range(3):
         _, state = tx.update(params, state, params)

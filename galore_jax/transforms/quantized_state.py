@@ -219,10 +219,11 @@ def _entrywise(
     if any(o is None and x.ndim for o, x in zip(owners, jax.tree.leaves(wide), strict=True)):
         return None  # it keeps arrays of unknown meaning
     leaves = list(range(treedef.num_leaves))
+    shapes = jax.eval_shape(lambda xs: list(map(_wide, xs)), gradients)
     return entrywise(
         lambda g, s, w, extra: inner.update(g, s, w, **extra),
         (
-            treedef.unflatten(map(_wide, gradients)),
+            treedef.unflatten(shapes),
             wide,
             weights and treedef.unflatten(weights),
             extra_args,
