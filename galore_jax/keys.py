@@ -19,7 +19,13 @@ import numpy as np
 _GOLDEN = np.uint32(0x9E3779B9)
 
 
-def matrix_keys(seed: int, count: jax.Array, path: str, batch_shape: tuple[int, ...]) -> jax.Array:
+def matrix_keys(
+    seed: int,
+    count: jax.Array,
+    path: str,
+    batch_shape: tuple[int, ...],
+    layer: jax.Array | int = 0,
+) -> jax.Array:
     """Keys of the matrices of one leaf at one optimizer step.
 
     Args:
@@ -27,11 +33,14 @@ def matrix_keys(seed: int, count: jax.Array, path: str, batch_shape: tuple[int, 
       count: int32 scalar, the optimizer step.
       path: "/"-joined path of the leaf.
       batch_shape: Shape of its batch axes.
+      layer: For a slice of one layer out of a stack of layers, the number of the layer.
 
     Returns:
       ``uint32[*batch, 2]``.
     """
-    index = np.arange(math.prod(batch_shape), dtype=np.uint32).reshape(batch_shape)
+    size = math.prod(batch_shape)
+    index = np.arange(size, dtype=np.uint32).reshape(batch_shape)
+    index = index + jnp.asarray(layer, jnp.uint32) * np.uint32(size)
     word = _mix(jnp.asarray(seed & 0xFFFFFFFF, jnp.uint32) + _GOLDEN)
     # crc32: the same in every process and Python version, unlike hash().
     for part in (count.astype(jnp.uint32), np.uint32(zlib.crc32(path.encode())), index):
@@ -58,7 +67,9 @@ def fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
     return jnp.stack([word, _mix(word + key[1])])
 
 
-def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def rounding_noise(
+    key: jax.Array, shape: tuple[int, ...], layer: jax.Array | int = 0
+) -> jax.Array:
     """fp32 numbers in [0, 1), one per entry, for stochastic rounding.
 
     Entry i of a leading axis beyond the last two gets what ``fold_in(key, i)`` gives alone: a slice
@@ -67,14 +78,18 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Args:
       key: ``uint32[2]``.
       shape: Shape of the result.
+      layer: For a slice ``[1, ...]`` of one layer out of a stack, the number of the layer.
 
     Returns:
       An array of hashed counters, multiples of 2⁻²⁴.
     """
+    first = jnp.asarray(layer, jnp.uint32)
     if len(shape) > 2:
-        keys = jax.vmap(lambda i: fold_in(key, i))(jnp.arange(shape[0], dtype=jnp.uint32))
+        numbers = first + jnp.arange(shape[0], dtype=jnp.uint32)
+        keys = jax.vmap(lambda i: fold_in(key, i))(numbers)
         return jax.vmap(lambda k: rounding_noise(k, shape[1:]))(keys)
-    return (_bits(key, shape) >> 8).astype(jnp.float32) * np.float32(2.0**-24)
+    start = first * np.uint32(math.prod(shape[1:]))
+    return (_bits(key, shape, start) >> 8).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -91,8 +106,9 @@ def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike)
     return _bits(key, shape).astype(jnp.int32).astype(dtype) * 2.0**-31
 
 
-def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _bits(key: jax.Array, shape: tuple[int, ...], start: jax.Array | int = 0) -> jax.Array:
     counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    counter = counter + jnp.asarray(start, jnp.uint32)
     return _mix(_mix(counter ^ key[0]) + key[1])
 
 

@@ -11,7 +11,7 @@ import galore_jax
 ROOT = Path(galore_jax.__file__).parent
 # From the bottom; families within a layer do not know each other.
 LAYERS = [
-    {"keys", "basis", "meshes", "views"},
+    {"keys", "basis", "mapped", "meshes", "views"},
     {"quant"},
     {"projectors", "refresh", "transport", "codecs"},
     {"transforms"},

@@ -11,6 +11,7 @@ import optax
 
 from galore_jax.alias.base import with_decay_and_rate
 from galore_jax.codecs import Codec
+from galore_jax.mapped import AxisName
 from galore_jax.projectors import Projector
 from galore_jax.refresh import RefreshPolicy
 from galore_jax.transforms import low_rank_projection, scale_by_factored_rms
@@ -42,6 +43,7 @@ def galore_adafactor(
     targets: Targets = None,
     codec: Codec | None = None,
     state_dtype: jax.typing.DTypeLike = "float32",
+    axis_name: AxisName = None,
     seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adafactor in the subspace: factored second moments however small the rank.
@@ -72,6 +74,7 @@ def galore_adafactor(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored.
       state_dtype: Floating dtype of the moments.
+      axis_name: Mapped axes over which gradients are still local.
       seed: Seed of randomized projectors; None means 0.
 
     Returns:
@@ -102,6 +105,7 @@ def galore_adafactor(
         "side": side,
         "codec": codec,
         "state_dtype": state_dtype,
+        "axis_name": axis_name,
         "seed": seed,
     }
     projected = low_rank_projection(

@@ -9,6 +9,7 @@ import optax
 
 from galore_jax.alias.base import with_decay_and_rate
 from galore_jax.codecs import Codec, cast, int4
+from galore_jax.mapped import AxisName
 from galore_jax.projectors import Projector
 from galore_jax.refresh import RefreshPolicy, adaptive
 from galore_jax.transforms import low_rank_projection, scale_by_adam8bit
@@ -36,6 +37,7 @@ def galore_adamw8bit(
     targets: Targets = None,
     codec: Codec | None = None,
     state_dtype: jax.typing.DTypeLike = "float32",
+    axis_name: AxisName = None,
     seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`galore_adamw` with moments of one byte each and bf16 bases (8-bit GaLore).
@@ -63,6 +65,7 @@ def galore_adamw8bit(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored; default ``codecs.cast("bfloat16")``.
       state_dtype: Floating dtype of the moments while they are updated.
+      axis_name: Mapped axes over which gradients are still local.
       seed: Seed of randomized projectors; None means 0.
 
     Returns:
@@ -94,6 +97,7 @@ def galore_adamw8bit(
             targets=targets,
             codec=cast("bfloat16") if codec is None else codec,
             state_dtype=state_dtype,
+            axis_name=axis_name,
             seed=seed,
         ),
         weight_decay,
@@ -120,6 +124,7 @@ def q_galore_adamw8bit(
     targets: Targets = None,
     codec: Codec | None = None,
     state_dtype: jax.typing.DTypeLike = "float32",
+    axis_name: AxisName = None,
     seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Q-GaLore: INT4 bases, 8-bit moments, and refreshes only where the subspace still moves.
@@ -147,6 +152,7 @@ def q_galore_adamw8bit(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored; default ``codecs.int4()``.
       state_dtype: Floating dtype of the moments while they are updated.
+      axis_name: Mapped axes over which gradients are still local.
       seed: Seed of randomized projectors; None means 0.
 
     Returns:
@@ -182,6 +188,7 @@ def q_galore_adamw8bit(
             targets=targets,
             codec=int4() if codec is None else codec,
             state_dtype=state_dtype,
+            axis_name=axis_name,
             seed=seed,
         ),
         weight_decay,

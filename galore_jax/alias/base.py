@@ -18,6 +18,7 @@ STATIC_ARGS = (
     "targets",
     "codec",
     "state_dtype",
+    "axis_name",
     "seed",
 )
 """Arguments of every alias that are not numbers to be scheduled: for `inject_hyperparams`."""

@@ -9,6 +9,7 @@ import optax
 
 from galore_jax.alias.base import with_decay_and_rate
 from galore_jax.codecs import Codec
+from galore_jax.mapped import AxisName
 from galore_jax.projectors import Projector
 from galore_jax.refresh import RefreshPolicy
 from galore_jax.transforms import low_rank_projection
@@ -35,6 +36,7 @@ def galore_lion(
     targets: Targets = None,
     codec: Codec | None = None,
     state_dtype: jax.typing.DTypeLike = "float32",
+    axis_name: AxisName = None,
     seed: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion with a low-rank momentum.
@@ -60,6 +62,7 @@ def galore_lion(
       targets: Which leaves are projected; default: not embeddings, head, norms and biases.
       codec: How a basis is stored.
       state_dtype: Floating dtype of the moments.
+      axis_name: Mapped axes over which gradients are still local.
       seed: Seed of randomized projectors; None means 0.
 
     Returns:
@@ -87,6 +90,7 @@ def galore_lion(
             targets=targets,
             codec=codec,
             state_dtype=state_dtype,
+            axis_name=axis_name,
             seed=seed,
         ),
         weight_decay,

@@ -5,6 +5,7 @@ from galore_jax.projectors.exact import gram_eigh, svd
 from galore_jax.projectors.operator import (
     MatrixOperator,
     dense_operator,
+    mean_operator,
     select_operator,
     working_dtype,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "Projector",
     "dense_operator",
     "gram_eigh",
+    "mean_operator",
     "random_orthonormal",
     "randomized_svd",
     "select_operator",

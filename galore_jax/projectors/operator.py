@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from galore_jax import mapped
 from galore_jax.views import MatrixView
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -119,6 +120,32 @@ def select_operator(
         rmatmul=switch(lambda operator: operator.rmatmul),
         magnitude=switch(lambda operator: lambda: operator.magnitude)(),
         dense=None if like.dense is None else switch(_dense_of),
+    )
+
+
+def mean_operator(operator: MatrixOperator, axis_name: mapped.AxisName) -> MatrixOperator:
+    """The mean over devices of gradients that are local to each: what is reduced are its products.
+
+    Args:
+      operator: Of the local gradient.
+      axis_name: The mapped axes; None leaves the operator as it is.
+
+    Returns:
+      The operator, equal on all devices. Its `dense` form reduces a whole matrix.
+    """
+    if axis_name is None:
+        return operator
+    dense = operator.dense
+
+    def reduced(product: Product) -> Product:
+        return lambda columns: mapped.mean(product(columns), axis_name)
+
+    return dataclasses.replace(
+        operator,
+        matmul=reduced(operator.matmul),
+        rmatmul=reduced(operator.rmatmul),
+        magnitude=mapped.largest(operator.magnitude, axis_name),
+        dense=None if dense is None else lambda: mapped.mean(dense(), axis_name),
     )
 
 

@@ -98,14 +98,14 @@ class adaptive(RefreshPolicy):
             ),
         )
 
-    def decide(self, count, slots, memory, moves):
+    def decide(self, count, batches, memory, moves):
         treedef: Any = jax.tree.structure(memory.gap)
         gaps, similarities = (treedef.flatten_up_to(tree) for tree in memory)
         due: list[jax.Array | None] = []
         for i, move in enumerate(moves):
             if move is not None:
                 gaps[i], similarities[i] = self._after(move, gaps[i], similarities[i])
-            due.append(None if slots[i] is None else count % gaps[i] == 0)
+            due.append(None if batches[i] is None else count % gaps[i] == 0)
         return due, AdaptiveState(treedef.unflatten(gaps), treedef.unflatten(similarities))
 
     def _after(

@@ -53,7 +53,7 @@ class RefreshPolicy(abc.ABC):
     def decide(
         self,
         count: jax.Array,
-        slots: list[MatrixSlots | None],
+        batches: list[tuple[int, ...] | None],
         memory: Any,
         moves: list[BasisMove | None],
     ) -> tuple[list[jax.Array | None], Any]:
@@ -61,7 +61,8 @@ class RefreshPolicy(abc.ABC):
 
         Args:
           count: int32 scalar, the count of the step that comes next.
-          slots: One entry per leaf; None where a leaf is not projected.
+          batches: Shape of the batch axes of every leaf; None where a leaf is not projected. The
+            leaves may be slices of those that `init` saw, and `memory` with them.
           memory: What `init` or the previous call returned.
           moves: One entry per projected leaf: how its bases moved in this step.
 

@@ -32,10 +32,12 @@ class every(RefreshPolicy):
     def __post_init__(self):
         check_gap(self.gap)
 
-    def decide(self, count, slots, memory, moves):
+    def decide(self, count, batches, memory, moves):
         del moves
         due = count % self.gap == 0
-        return [slot and jnp.broadcast_to(due, slot.batch_shape) for slot in slots], memory
+        return [
+            None if batch is None else jnp.broadcast_to(due, batch) for batch in batches
+        ], memory
 
 
 def as_policy(refresh: Any) -> RefreshPolicy:

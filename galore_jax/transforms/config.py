@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.codecs import Codec, identity
+from galore_jax.mapped import AxisName, check_axis_name
 from galore_jax.projectors import Projector, randomized_svd
 from galore_jax.refresh import RefreshPolicy, as_policy
 from galore_jax.transport import Transport, align
@@ -18,7 +19,7 @@ from galore_jax.views.plan import RankLike, check_rank
 from galore_jax.views.targets import Targets, check_targets
 
 # What decides the shapes and the meaning of stored arrays: a state made with other values cannot
-# go on. Everything else (gap, transport, projector, seed) may change between runs.
+# go on. Everything else (gap, transport, projector, axis_name, seed) may change between runs.
 _FIXED = ("rank", "side", "axes", "targets", "codec", "state_dtype")
 
 
@@ -36,6 +37,7 @@ class LowRankConfig:
     transport: Transport
     codec: Codec
     state_dtype: Any
+    axis_name: AxisName
     seed: int
 
 
@@ -50,6 +52,7 @@ def low_rank_config(
     targets: Targets,
     codec: Codec | None,
     state_dtype: jax.typing.DTypeLike,
+    axis_name: AxisName,
     seed: int | None,
 ) -> LowRankConfig:
     """Fills in the defaults and checks everything that can be checked without parameters."""
@@ -92,6 +95,7 @@ def low_rank_config(
         transport=transport,
         codec=codec,
         state_dtype=dtype,
+        axis_name=check_axis_name(axis_name),
         seed=seed,
     )
 

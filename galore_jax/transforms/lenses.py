@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from galore_jax.transforms.low_rank import LowRankState
+from galore_jax.transforms.state import LowRankState
 from galore_jax.views.leaves import flatten_leaves, leaf_paths
 
 

@@ -15,9 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.projectors import MatrixOperator, dense_operator, select_operator, working_dtype
+from galore_jax.projectors import (
+    MatrixOperator,
+    dense_operator,
+    mean_operator,
+    select_operator,
+    working_dtype,
+)
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.views import LeafPlan, ProjectedGradient
+from galore_jax.views import LeafPlan, MatrixView, ProjectedGradient
 from galore_jax.views.leaves import abstract, flatten_leaves
 
 
@@ -28,24 +34,27 @@ class Refreshed(NamedTuple):
     moved: jax.Array
 
 
-class Candidate(NamedTuple):
-    """One leaf that may be refreshed.
+class LeafSubspace(NamedTuple):
+    """What the state knows about the subspaces of one leaf at the start of a step.
 
     Args:
       plan: The leaf's plan.
-      gradient: Its gradient, in the leaf's shape.
       stored: Its stored bases.
       due: ``bool[*batch]``.
-      cold: ``bool[*batch]``, True where the stored basis is still the initial one.
+      refreshes: ``int32[*batch]``, how often each basis has been recomputed.
       key: ``uint32[*batch, 2]``, randomness for this step.
     """
 
     plan: LeafPlan
-    gradient: jax.Array
     stored: Any
     due: jax.Array
-    cold: jax.Array
+    refreshes: jax.Array
     key: jax.Array
+
+    @property
+    def cold(self) -> jax.Array:
+        """``bool[*batch]``, True where the stored basis is still the initial one."""
+        return self.refreshes == 0
 
 
 def decode(config: LowRankConfig, plan: LeafPlan, stored: Any) -> jax.Array:
@@ -75,7 +84,9 @@ def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
     )
 
 
-def refresh(config: LowRankConfig, group: list[Candidate]) -> list[Refreshed]:
+def refresh(
+    config: LowRankConfig, group: list[LeafSubspace], gradients: list[jax.Array]
+) -> list[Refreshed]:
     """Recomputes the bases that are due, from their gradients.
 
     One conditional with a scalar predicate for all matrices of the group, however many leaves
@@ -85,6 +96,7 @@ def refresh(config: LowRankConfig, group: list[Candidate]) -> list[Refreshed]:
     Args:
       config: The lens.
       group: Leaves whose plans differ in their paths only.
+      gradients: Their gradients, in the shapes of the leaves.
 
     Returns:
       Per leaf the stored bases, and which of them moved. A gradient that is not finite, or is
@@ -93,7 +105,7 @@ def refresh(config: LowRankConfig, group: list[Candidate]) -> list[Refreshed]:
     any_due = jnp.any(jnp.stack([jnp.any(leaf.due) for leaf in group]))
     return jax.lax.cond(
         any_due,
-        lambda: _refresh_due(config, group),
+        lambda: _refresh_due(config, group, gradients),
         lambda: [Refreshed(leaf.stored, jnp.zeros_like(leaf.due)) for leaf in group],
     )
 
@@ -105,7 +117,9 @@ class _Progress(NamedTuple):
     refreshed: Refreshed
 
 
-def _refresh_due(config: LowRankConfig, group: list[Candidate]) -> list[Refreshed]:
+def _refresh_due(
+    config: LowRankConfig, group: list[LeafSubspace], gradients: list[jax.Array]
+) -> list[Refreshed]:
     """Runs over the due matrices of all leaves, updating the stored bases in place."""
     plan = group[0].plan
     view = plan.view
@@ -119,10 +133,11 @@ def _refresh_due(config: LowRankConfig, group: list[Candidate]) -> list[Refreshe
         # Unsigned: an index that cannot be negative needs no wrapping around.
         number = jnp.argmax(progress.left).astype(jnp.uint32)
         leaf, index = (0, number) if len(group) == 1 else jnp.divmod(number, view.num_matrices)
-        refreshed = _refresh_matrix(
+        makers = [functools.partial(_operator, view, gradient, index) for gradient in gradients]
+        refreshed = refresh_matrix(
             config,
             plan,
-            select_operator(leaf, [functools.partial(_operator, c, index) for c in group]),
+            mean_operator(select_operator(leaf, makers), config.axis_name),
             jax.tree.map(lambda parts: _at(parts, number), progress.refreshed.stored),
             cold=_at(cold, number),
             key=_at(key, number),
@@ -138,13 +153,11 @@ def _refresh_due(config: LowRankConfig, group: list[Candidate]) -> list[Refreshe
     return _split(view.batch_shape, len(group), done.refreshed)
 
 
-def _operator(candidate: Candidate, index: jax.Array) -> MatrixOperator:
-    view = candidate.plan.view
-    assert view is not None
-    return dense_operator(view.entry(candidate.gradient, index), view.unbatched)
+def _operator(view: MatrixView, gradient: jax.Array, index: jax.Array) -> MatrixOperator:
+    return dense_operator(view.entry(gradient, index), view.unbatched)
 
 
-def _refresh_matrix(
+def refresh_matrix(
     config: LowRankConfig,
     plan: LeafPlan,
     gradient: MatrixOperator,
@@ -153,6 +166,19 @@ def _refresh_matrix(
     cold: jax.Array,
     key: jax.Array,
 ) -> Refreshed:
+    """Recomputes one basis from a gradient that is known by its products.
+
+    Args:
+      config: The lens.
+      plan: Plan of the leaf that the matrix is of.
+      gradient: The gradient matrix.
+      stored: The stored form of its basis.
+      cold: Scalar bool, whether that is the initial one.
+      key: ``uint32[2]``.
+
+    Returns:
+      The stored form of the new basis, and whether it moved.
+    """
     previous = config.codec.decode(stored, gradient.dtype)
     basis = config.projector.basis(gradient, plan.rank, previous=previous, cold=cold, key=key)
     basis = config.transport.turn(basis, previous)
@@ -204,29 +230,48 @@ def adopt(
       stored: The stored bases.
 
     Returns:
-      The stored bases with those that differ replaced (turned by the transport; never by one
-      that is not finite), and R in the
-      coordinates of the result, ``[*batch, kept, rank]``.
+      The stored bases with the new ones in their places (never one that is not finite), and R in
+      the coordinates of the result, ``[*batch, kept, rank]``.
     """
-    assert plan.view is not None
     _check_shapes(plan, gradient)
+    basis = gradient.basis.astype(working_dtype(plan.dtype))
+    value = gradient.value.astype(config.state_dtype)
+    finite = jnp.all(jnp.isfinite(basis), axis=(-2, -1))
+    if gradient.moved is not None:
+        moved = gradient.moved & finite
+        return _take_over(config, stored, basis, moved), value
     old = decode(config, plan, stored)
-    new = gradient.basis.astype(old.dtype)
-    moved = jnp.any(new != old, axis=(-2, -1)) & jnp.all(jnp.isfinite(new), axis=(-2, -1))
+    moved = finite & jnp.any(basis != old, axis=(-2, -1))
+    return _turn(config, plan, stored, moved, value, old=old, new=basis)
+
+
+def _take_over(config: LowRankConfig, stored: Any, basis: jax.Array, moved: jax.Array) -> Refreshed:
+    """New bases as they are."""
+    encode = functools.partial(config.codec.encode, basis)
+    result = jax.lax.cond(jnp.any(moved), lambda: _where(moved, encode(), stored), lambda: stored)
+    return Refreshed(result, moved)
+
+
+def _turn(
+    config: LowRankConfig,
+    plan: LeafPlan,
+    stored: Any,
+    moved: jax.Array,
+    value: jax.Array,
+    *,
+    old: jax.Array,
+    new: jax.Array,
+) -> tuple[Refreshed, jax.Array]:
+    """New bases turned by the transport, and the projected gradient with them."""
 
     def turn() -> tuple[Any, jax.Array]:
         turned = _over_batch(config.transport.turn, plan)(new, old)
-        encoded = config.codec.encode(turned)
         change = jnp.einsum("...pr,...ps->...rs", new, turned, precision="highest")
-        value = jnp.einsum("...kr,...rs->...ks", gradient.value.astype(old.dtype), change)
-        return _where(moved, encoded, stored), _where(
-            moved, value.astype(config.state_dtype), gradient.value.astype(config.state_dtype)
-        )
+        along = jnp.einsum("...kr,...rs->...ks", value.astype(old.dtype), change)
+        encoded = config.codec.encode(turned)
+        return _where(moved, encoded, stored), _where(moved, along.astype(value.dtype), value)
 
-    def stay() -> tuple[Any, jax.Array]:
-        return stored, gradient.value.astype(config.state_dtype)
-
-    result, value = jax.lax.cond(jnp.any(moved), turn, stay)
+    result, value = jax.lax.cond(jnp.any(moved), turn, lambda: (stored, value))
     return Refreshed(result, moved), value
 
 

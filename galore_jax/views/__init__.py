@@ -1,9 +1,9 @@
 """Which axes of a leaf are batch, kept and projected; which leaves take part."""
 
 from galore_jax.views.axes import MatrixAxes
-from galore_jax.views.leaves import ProjectedGradient
 from galore_jax.views.matrix_view import MatrixView
 from galore_jax.views.plan import LeafPlan, leaf_plan
+from galore_jax.views.projected_gradient import ProjectedGradient
 from galore_jax.views.targets import all_matrices
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any
 
@@ -13,30 +12,6 @@ import optax
 
 class OneLeaf:
     """A pytree node that stands for one array: to a tree of parameters or gradients, a leaf."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ProjectedGradient(OneLeaf):
-    """A gradient that is already projected, together with the basis it was taken in.
-
-    Stands for the leaf gradient ``value @ basisᵀ`` in a gradient tree; the lens takes it as one
-    leaf and skips its own refresh and projection. ``update`` then needs ``params``, because the
-    leaf's full shape is not written here.
-
-    Args:
-      value: ``[*batch, kept, rank]``, the projected gradient R = G·P.
-      basis: ``[*batch, projected, rank]``, orthonormal columns P.
-
-    Example:
-      >>> import jax.numpy as jnp, galore_jax as gj
-      >>> gradient, basis = jnp.ones((6, 4)), jnp.eye(4, 2)   # [kept, projected], P
-      >>> gj.ProjectedGradient(gradient @ basis, basis).value.shape
-      (6, 2)
-    """
-
-    value: jax.Array
-    basis: jax.Array
 
 
 def is_box(node: Any) -> bool:

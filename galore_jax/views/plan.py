@@ -73,6 +73,11 @@ class LeafPlan:
         return self.view is not None
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Of its bases; no axes if it is not projected."""
+        return self.view.batch_shape if self.view else ()
+
+    @property
     def is_inexact(self) -> bool:
         """Whether the inner transformation sees this leaf at all."""
         return jnp.issubdtype(self.dtype, jnp.inexact)

@@ -143,14 +143,26 @@ def test_abstract_parameters_give_the_concrete_structure():
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def test_a_projected_gradient_is_one_leaf_here_and_two_to_jax():
-    leaf = ProjectedGradient(jnp.zeros((8, 2)), jnp.zeros((6, 2)))
+def test_a_projected_gradient_is_one_leaf_here_and_several_to_jax():
+    value, basis = jnp.ones((8, 2)), jnp.eye(6, 2)
+    leaf = ProjectedGradient(value, basis, jnp.asarray(True))
     assert leaf_paths({"w": leaf}) == ["w"]
-    assert len(jax.tree.leaves({"w": leaf})) == 2
-    doubled = jax.tree.map(lambda x: x + 1, leaf)
-    assert isinstance(doubled, ProjectedGradient) and doubled.value[0, 0] == 1
-    with pytest.raises(AttributeError):
-        leaf.value = None
+    assert len(jax.tree.leaves({"w": leaf})) == 4
+    np.testing.assert_array_equal(leaf.basis, basis)
+    assert leaf.moved and ProjectedGradient(value, basis).moved is None
+    assert not ProjectedGradient(value, basis, jnp.asarray(False)).moved
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.parametrize("factor", [0.37, -3.0, 1e-6])
+def test_a_common_factor_reaches_the_value_of_a_projected_gradient_only(factor, dtype):
+    basis = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(6, 2)))[0], dtype)
+    leaf = ProjectedGradient(jnp.ones((8, 2)), basis, jnp.asarray([True, False]))
+    assert optax.tree.norm({"w": leaf}) == optax.tree.norm(jnp.ones((8, 2)))
+    scaled = jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), leaf)
+    np.testing.assert_allclose(scaled.value, np.full((8, 2), factor), rtol=1e-6)
+    np.testing.assert_allclose(scaled.basis, basis.astype(jnp.float32), rtol=1e-6)
+    np.testing.assert_array_equal(scaled.moved, [True, False])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

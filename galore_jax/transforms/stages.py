@@ -1,0 +1,182 @@
+"""The stages of a step of the lens, from gradients to updates, over all leaves of a tree."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax import mapped
+from galore_jax.basis import BasisMove
+from galore_jax.keys import matrix_keys
+from galore_jax.refresh import MatrixSlots
+from galore_jax.transforms import subspace
+from galore_jax.transforms.config import LowRankConfig
+from galore_jax.transforms.inner import at_full_size
+from galore_jax.transforms.state import LowRankState, RefreshState
+from galore_jax.transforms.subspace import LeafSubspace, Refreshed
+from galore_jax.views import LeafPlan, ProjectedGradient
+
+Layer = jax.Array | int
+
+
+class Entered(NamedTuple):
+    """One leaf on its way through the subspace.
+
+    Args:
+      value: What the inner transformation sees.
+      stored: The stored bases of this step.
+      move: How they moved; None where the leaf is not projected.
+    """
+
+    value: Any
+    stored: Any
+    move: BasisMove | None
+
+
+def subspaces(
+    state: LowRankState, treedef: Any, plans: list[LeafPlan], layer: Layer = 0
+) -> list[LeafSubspace]:
+    """What the state knows about every leaf.
+
+    Args:
+      state: State of the lens.
+      treedef: Structure of its trees.
+      plans: One plan per leaf.
+      layer: See `low_rank_projection`.
+
+    Returns:
+      One entry per leaf; those of leaves that are not projected hold placeholders.
+    """
+    trees = state.projectors, state.refresh_state.due, state.refresh_state.refreshes
+    per_leaf = zip(plans, *map(treedef.flatten_up_to, trees), strict=True)
+    return [
+        LeafSubspace(
+            plan=plan,
+            stored=stored,
+            due=due,
+            refreshes=refreshes,
+            key=matrix_keys(state.config.seed, state.count, plan.path, plan.batch_shape, layer),
+        )
+        for plan, stored, due, refreshes in per_leaf
+    ]
+
+
+def refresh(
+    config: LowRankConfig, leaves: Sequence[LeafSubspace], gradients: Sequence[Any]
+) -> list[Refreshed | None]:
+    """Refreshes all leaves that bring a gradient; equal matrices share one conditional."""
+    groups: dict[Any, list[int]] = {}
+    for i, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+        if leaf.plan.is_projected and not isinstance(gradient, ProjectedGradient):
+            groups.setdefault(_alike(leaf.plan), []).append(i)
+    refreshed: list[Refreshed | None] = [None] * len(leaves)
+    for members in groups.values():
+        results = subspace.refresh(
+            config, [leaves[i] for i in members], [gradients[i] for i in members]
+        )
+        for i, result in zip(members, results, strict=True):
+            refreshed[i] = result
+    return refreshed
+
+
+def _alike(plan: LeafPlan) -> Any:
+    """What two leaves share if they are the same weight of two layers.
+
+    Equal shapes are not enough: a query and an output kernel may be sharded differently, and their
+    bases would have to move between devices to be looped over together.
+    """
+    return re.sub(r"\d+", "#", plan.path), plan.view, plan.rank, plan.dtype
+
+
+def enter(
+    config: LowRankConfig, leaf: LeafSubspace, gradient: Any, refreshed: Refreshed | None
+) -> Entered:
+    """Projects a gradient onto the bases of this step, and takes its mean over devices."""
+    plan = leaf.plan
+    if not plan.is_projected:
+        if isinstance(gradient, ProjectedGradient):
+            raise ValueError(
+                f"leaf {plan.path!r} of shape {plan.shape} is not projected by this lens "
+                f"({plan.reason}), but its gradient is a ProjectedGradient: pass the gradient."
+            )
+        if plan.is_inexact:
+            gradient = mapped.mean(gradient, config.axis_name)
+        return Entered(at_full_size(config, plan, gradient), leaf.stored, None)
+    old = subspace.decode(config, plan, leaf.stored)
+    if refreshed is None:
+        refreshed, value = subspace.adopt(config, plan, gradient, leaf.stored)
+        new = subspace.decode(config, plan, refreshed.stored)
+    else:
+        new = subspace.decode(config, plan, refreshed.stored)
+        value = subspace.project(config, plan, gradient, new)
+    return Entered(
+        mapped.mean(value, config.axis_name),
+        refreshed.stored,
+        BasisMove(old, new, refreshed.moved, leaf.cold),
+    )
+
+
+def leave(factor: Any, plan: LeafPlan, gradient: Any, entered: Entered, direction: Any) -> Any:
+    """Lifts the inner direction back to the leaf."""
+    if not plan.is_inexact:
+        return gradient
+    if entered.move is None:
+        return direction.astype(plan.dtype)
+    return subspace.lift(plan, direction, entered.move.new, factor)
+
+
+def decide(
+    config: LowRankConfig,
+    treedef: Any,
+    count: jax.Array,
+    memory: Any,
+    leaves: list[LeafSubspace],
+    entered: list[Entered],
+) -> RefreshState:
+    """Which matrices are due at `count`: those the policy names, and those that failed."""
+    moves = [leaf.move for leaf in entered]
+    moved = [None if move is None else move.moved for move in moves]
+    batches = [leaf.plan.batch_shape if leaf.plan.is_projected else None for leaf in leaves]
+    planned, memory = config.refresh.decide(count, batches, memory, moves)
+    due = [
+        leaf.due if now is None or soon is None else soon | (leaf.due & ~now)
+        for leaf, now, soon in zip(leaves, moved, planned, strict=True)
+    ]
+    refreshes = [
+        leaf.refreshes if now is None else leaf.refreshes + now.astype(jnp.int32)
+        for leaf, now in zip(leaves, moved, strict=True)
+    ]
+    return RefreshState(treedef.unflatten(due), treedef.unflatten(refreshes), memory)
+
+
+def first_decision(config: LowRankConfig, treedef: Any, plans: list[LeafPlan]) -> RefreshState:
+    """Every matrix is due at count 0."""
+    return RefreshState(
+        due=treedef.unflatten(jnp.full(plan.batch_shape, plan.is_projected) for plan in plans),
+        refreshes=treedef.unflatten(jnp.zeros(plan.batch_shape, jnp.int32) for plan in plans),
+        memory=config.refresh.init(treedef, _slots(plans)),
+    )
+
+
+def memory_of(
+    config: LowRankConfig, state: LowRankState, treedef: Any, plans: list[LeafPlan]
+) -> Any:
+    """What the policy remembers: nothing yet, if the state was made under another kind of policy."""
+    if type(config.refresh) is type(state.config.refresh):
+        return state.refresh_state.memory
+    return config.refresh.init(treedef, _slots(plans))
+
+
+def _slots(plans: list[LeafPlan]) -> list[MatrixSlots | None]:
+    """Numbers the matrices of all leaves through, for policies that spread them."""
+    sizes = [plan.view.num_matrices if plan.view else 0 for plan in plans]
+    first = itertools.accumulate(sizes, initial=0)
+    return [
+        MatrixSlots(plan.view.batch_shape, start, sum(sizes)) if plan.view else None
+        for plan, start in zip(plans, first, strict=False)
+    ]

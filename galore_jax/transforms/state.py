@@ -1,0 +1,43 @@
+"""State of the lens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from galore_jax.transforms.config import LowRankConfig
+
+
+class RefreshState(NamedTuple):
+    """Which matrices are refreshed next, and what the policy remembers.
+
+    Args:
+      due: ``bool[*batch]`` per leaf, decided at the end of the previous step.
+      refreshes: ``int32[*batch]`` per leaf, how often each basis has been recomputed.
+      memory: State of the policy.
+    """
+
+    due: optax.Updates
+    refreshes: optax.Updates
+    memory: Any
+
+
+class LowRankState(NamedTuple):
+    """State of `low_rank_projection`. Every tree has an array at every leaf of the parameters.
+
+    Args:
+      config: Static description of the lens (no arrays).
+      count: int32 scalar, optimizer steps.
+      projectors: Stored basis per leaf, ``[*batch, projected, rank]`` before the codec; a scalar
+        zero where a leaf is not projected.
+      refresh_state: Which matrices are due.
+      inner_state: State of the inner transformation on the low-rank tree.
+    """
+
+    config: LowRankConfig
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it
+    projectors: optax.Updates
+    refresh_state: RefreshState
+    inner_state: optax.OptState
