@@ -1,6 +1,6 @@
 """GaLore, Q-GaLore and GaLore 2 as composable Optax gradient transformations."""
 
-from galore_jax import codecs, memory, projectors, quant, refresh, transport, views
+from galore_jax import backward, codecs, memory, projectors, quant, refresh, transport, views
 from galore_jax.alias import (
     STATIC_ARGS,
     galore,
@@ -11,11 +11,12 @@ from galore_jax.alias import (
     galore_sgd,
     q_galore_adamw8bit,
 )
+from galore_jax.backward import matmul, projected_value_and_grad
 from galore_jax.describe import describe
-from galore_jax.quant import matmul
 from galore_jax.sharding import init_sharded, state_sharding
 from galore_jax.transforms import (
     LowRankState,
+    accumulate,
     apply_updates,
     low_rank_projection,
     quantized_state,
@@ -31,8 +32,10 @@ __all__ = [
     "LowRankState",
     "MatrixAxes",
     "ProjectedGradient",
+    "accumulate",
     "all_matrices",
     "apply_updates",
+    "backward",
     "codecs",
     "describe",
     "galore",
@@ -45,6 +48,7 @@ __all__ = [
     "low_rank_projection",
     "matmul",
     "memory",
+    "projected_value_and_grad",
     "projectors",
     "q_galore_adamw8bit",
     "quant",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +24,42 @@ def largest(magnitude: jax.Array, axis_name: AxisName) -> jax.Array:
     if axis_name is None:
         return magnitude
     return jax.lax.pmax(jnp.where(jnp.isfinite(magnitude), magnitude, jnp.inf), axis_name)
+
+
+def varying(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`x` as something that is different on every device, for whoever keeps track of that."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    missing = tuple(name for name in names if name not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def varying_axes(tree: Any, like: Any) -> tuple[str, ...]:
+    """Mapped axes over which arrays of `tree` are known to vary, and those of `like` are not.
+
+    `jax.shard_map` keeps track of that, unless it is told not to; `jax.pmap` does not.
+    """
+
+    def of(tree: Any) -> frozenset[str]:
+        found = (jax.typeof(x).mat.varying for x in jax.tree.leaves(tree))
+        return frozenset().union(*found)
+
+    return tuple(sorted(of(tree) - of(like)))
+
+
+def sum_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The sum over the axes over which `x` is known to vary and `like` is not: its cotangent."""
+    axes = varying_axes(x, like)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def mean_like(x: jax.Array, like: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The mean over those of the axes over which `x` is known to vary and `like` is not.
+
+    Where nobody keeps track, `x` stays local.
+    """
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    varying = varying_axes(x, like)
+    return mean(x, tuple(name for name in names if name in varying) or None)
 
 
 def check_axis_name(axis_name: AxisName) -> AxisName:

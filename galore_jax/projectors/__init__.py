@@ -3,6 +3,7 @@
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.exact import gram_eigh, svd
 from galore_jax.projectors.operator import (
+    HIGHEST,
     MatrixOperator,
     dense_operator,
     mean_operator,
@@ -13,6 +14,7 @@ from galore_jax.projectors.random import random_orthonormal
 from galore_jax.projectors.range_finder import randomized_svd, subspace_iteration
 
 __all__ = [
+    "HIGHEST",
     "MatrixOperator",
     "Projector",
     "dense_operator",

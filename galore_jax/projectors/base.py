@@ -25,6 +25,8 @@ class Projector(abc.ABC):
     # Column i means the same direction from one refresh to the next (up to drift), so that
     # moments may stay where they are. Singular vectors in order do; a sketch does not.
     canonical_columns: ClassVar[bool] = False
+    # Needs the gradient matrix itself, not only products with it.
+    forms_gradient: ClassVar[bool] = False
 
     @abc.abstractmethod
     def basis(

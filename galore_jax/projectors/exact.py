@@ -39,6 +39,7 @@ class svd(Projector):
 
     signs: Literal["lapack", "positive"] = "lapack"
     canonical_columns = True
+    forms_gradient = True
 
     def __post_init__(self):
         if self.signs not in ("lapack", "positive"):
@@ -69,6 +70,7 @@ class gram_eigh(Projector):
     """
 
     canonical_columns = True
+    forms_gradient = True
 
     def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
         del cold, key

@@ -77,7 +77,9 @@ def refresh(
     refreshed: list[Refreshed | None] = [None] * len(leaves)
     for members in groups.values():
         results = subspace.refresh(
-            config, [leaves[i] for i in members], [gradients[i] for i in members]
+            config,
+            [leaves[i] for i in members],
+            [subspace.dense_matrices(leaves[i].plan, gradients[i]) for i in members],
         )
         for i, result in zip(members, results, strict=True):
             refreshed[i] = result
@@ -96,7 +98,19 @@ def _alike(plan: LeafPlan) -> Any:
 def enter(
     config: LowRankConfig, leaf: LeafSubspace, gradient: Any, refreshed: Refreshed | None
 ) -> Entered:
-    """Projects a gradient onto the bases of this step, and takes its mean over devices."""
+    """Takes a gradient to the subspace of this step, and its mean over devices."""
+    if leaf.plan.is_projected:
+        entered = take(config, leaf, gradient, refreshed)
+        return entered._replace(value=mapped.mean(entered.value, config.axis_name))
+    if leaf.plan.is_inexact and not isinstance(gradient, ProjectedGradient):
+        gradient = mapped.mean(gradient, config.axis_name)  # in its own dtype
+    return take(config, leaf, gradient, refreshed)
+
+
+def take(
+    config: LowRankConfig, leaf: LeafSubspace, gradient: Any, refreshed: Refreshed | None
+) -> Entered:
+    """Projects a gradient onto the bases of this step."""
     plan = leaf.plan
     if not plan.is_projected:
         if isinstance(gradient, ProjectedGradient):
@@ -104,8 +118,6 @@ def enter(
                 f"leaf {plan.path!r} of shape {plan.shape} is not projected by this lens "
                 f"({plan.reason}), but its gradient is a ProjectedGradient: pass the gradient."
             )
-        if plan.is_inexact:
-            gradient = mapped.mean(gradient, config.axis_name)
         return Entered(at_full_size(config, plan, gradient), leaf.stored, None)
     old = subspace.decode(config, plan, leaf.stored)
     if refreshed is None:
@@ -114,11 +126,7 @@ def enter(
     else:
         new = subspace.decode(config, plan, refreshed.stored)
         value = subspace.project(config, plan, gradient, new)
-    return Entered(
-        mapped.mean(value, config.axis_name),
-        refreshed.stored,
-        BasisMove(old, new, refreshed.moved, leaf.cold),
-    )
+    return Entered(value, refreshed.stored, BasisMove(old, new, refreshed.moved, leaf.cold))
 
 
 def leave(factor: Any, plan: LeafPlan, gradient: Any, entered: Entered, direction: Any) -> Any:
@@ -166,7 +174,7 @@ def first_decision(config: LowRankConfig, treedef: Any, plans: list[LeafPlan]) -
 def memory_of(
     config: LowRankConfig, state: LowRankState, treedef: Any, plans: list[LeafPlan]
 ) -> Any:
-    """What the policy remembers: nothing yet, if the state was made under another kind of policy."""
+    """What the policy remembers; nothing yet, in a state made under another kind of policy."""
     if type(config.refresh) is type(state.config.refresh):
         return state.refresh_state.memory
     return config.refresh.init(treedef, _slots(plans))

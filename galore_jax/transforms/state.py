@@ -41,3 +41,21 @@ class LowRankState(NamedTuple):
     projectors: optax.Updates
     refresh_state: RefreshState
     inner_state: optax.OptState
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate`. Every tree has an array at every leaf of the parameters.
+
+    Args:
+      mini_step: int32 scalar, micro-batches of the current window so far.
+      sums: Of the gradients: ``[*batch, kept, rank]`` for projected leaves, full size for others.
+      projectors: Stored bases of the window; a scalar zero where a leaf is not projected.
+      moved: ``bool[*batch]`` per leaf, which of them are new in this window.
+      opt_state: State of the transformation that runs once per window.
+    """
+
+    mini_step: jax.Array
+    sums: optax.Updates
+    projectors: optax.Updates
+    moved: optax.Updates
+    opt_state: optax.OptState

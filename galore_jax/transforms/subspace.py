@@ -23,7 +23,7 @@ from galore_jax.projectors import (
     working_dtype,
 )
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.views import LeafPlan, MatrixView, ProjectedGradient
+from galore_jax.views import LeafPlan, ProjectedGradient
 from galore_jax.views.leaves import abstract, flatten_leaves
 
 
@@ -84,8 +84,12 @@ def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
     )
 
 
+# A gradient matrix by its number along the flattened batch axes of its leaf.
+Matrices = Callable[[jax.Array], MatrixOperator]
+
+
 def refresh(
-    config: LowRankConfig, group: list[LeafSubspace], gradients: list[jax.Array]
+    config: LowRankConfig, group: list[LeafSubspace], gradients: list[Matrices]
 ) -> list[Refreshed]:
     """Recomputes the bases that are due, from their gradients.
 
@@ -96,7 +100,7 @@ def refresh(
     Args:
       config: The lens.
       group: Leaves whose plans differ in their paths only.
-      gradients: Their gradients, in the shapes of the leaves.
+      gradients: Their gradients, known by their products.
 
     Returns:
       Per leaf the stored bases, and which of them moved. A gradient that is not finite, or is
@@ -118,7 +122,7 @@ class _Progress(NamedTuple):
 
 
 def _refresh_due(
-    config: LowRankConfig, group: list[LeafSubspace], gradients: list[jax.Array]
+    config: LowRankConfig, group: list[LeafSubspace], gradients: list[Matrices]
 ) -> list[Refreshed]:
     """Runs over the due matrices of all leaves, updating the stored bases in place."""
     plan = group[0].plan
@@ -133,8 +137,8 @@ def _refresh_due(
         # Unsigned: an index that cannot be negative needs no wrapping around.
         number = jnp.argmax(progress.left).astype(jnp.uint32)
         leaf, index = (0, number) if len(group) == 1 else jnp.divmod(number, view.num_matrices)
-        makers = [functools.partial(_operator, view, gradient, index) for gradient in gradients]
-        refreshed = refresh_matrix(
+        makers = [functools.partial(gradient, index) for gradient in gradients]
+        refreshed = _refresh_matrix(
             config,
             plan,
             mean_operator(select_operator(leaf, makers), config.axis_name),
@@ -153,11 +157,14 @@ def _refresh_due(
     return _split(view.batch_shape, len(group), done.refreshed)
 
 
-def _operator(view: MatrixView, gradient: jax.Array, index: jax.Array) -> MatrixOperator:
-    return dense_operator(view.entry(gradient, index), view.unbatched)
+def dense_matrices(plan: LeafPlan, gradient: jax.Array) -> Matrices:
+    """The matrices of a gradient that exists, in the shape of its leaf."""
+    view = plan.view
+    assert view is not None
+    return lambda index: dense_operator(view.entry(gradient, index), view.unbatched)
 
 
-def refresh_matrix(
+def _refresh_matrix(
     config: LowRankConfig,
     plan: LeafPlan,
     gradient: MatrixOperator,
@@ -238,18 +245,33 @@ def adopt(
     value = gradient.value.astype(config.state_dtype)
     finite = jnp.all(jnp.isfinite(basis), axis=(-2, -1))
     if gradient.moved is not None:
-        moved = gradient.moved & finite
-        return _take_over(config, stored, basis, moved), value
+        return _take_over(config, stored, basis, gradient.moved & finite, value)
     old = decode(config, plan, stored)
     moved = finite & jnp.any(basis != old, axis=(-2, -1))
     return _turn(config, plan, stored, moved, value, old=old, new=basis)
 
 
-def _take_over(config: LowRankConfig, stored: Any, basis: jax.Array, moved: jax.Array) -> Refreshed:
-    """New bases as they are."""
-    encode = functools.partial(config.codec.encode, basis)
-    result = jax.lax.cond(jnp.any(moved), lambda: _where(moved, encode(), stored), lambda: stored)
-    return Refreshed(result, moved)
+# How far squared norms of columns may be from one: 4-bit codes take a few hundredths.
+_UNIT = 0.2
+
+
+def _take_over(
+    config: LowRankConfig, stored: Any, basis: jax.Array, moved: jax.Array, value: jax.Array
+) -> tuple[Refreshed, jax.Array]:
+    """New bases as they are. What was projected onto several at once becomes NaN.
+
+    That is a gradient summed up over two uses of a weight, or over micro-batches, each of which
+    found a basis of its own.
+    """
+
+    def take_over() -> tuple[Any, jax.Array]:
+        norms = jnp.sum(basis * basis, axis=-2)
+        several = moved & jnp.any(jnp.abs(norms - 1) > _UNIT, axis=-1)
+        poisoned = jnp.where(several[..., None, None], jnp.nan, value)
+        return _where(moved & ~several, config.codec.encode(basis), stored), poisoned
+
+    result, value = jax.lax.cond(jnp.any(moved), take_over, lambda: (stored, value))
+    return Refreshed(result, moved), value
 
 
 def _turn(

@@ -63,7 +63,7 @@ class MatrixView:
 
     def entry(self, leaf: jax.Array, index: jax.Array | int = 0) -> jax.Array:
         """Entry number `index` along the flattened batch axes, in the leaf's own axis order."""
-        for axis, position in sorted(zip(self.batch, self._unravel(index), strict=True))[::-1]:
+        for axis, position in sorted(zip(self.batch, self.positions(index), strict=True))[::-1]:
             leaf = jax.lax.dynamic_index_in_dim(leaf, position, axis, keepdims=False)
         return leaf
 
@@ -77,6 +77,25 @@ class MatrixView:
             kept=tuple(remaining.index(axis) for axis in self.kept),
             projected=tuple(remaining.index(axis) for axis in self.projected),
             projects_input=self.projects_input,
+        )
+
+    def inside(self, axes: int) -> MatrixView:
+        """The view of what is left when the first `axes` axes, all of them batch axes, are indexed.
+
+        Raises:
+          ValueError: One of them is kept or projected.
+        """
+        if not set(range(axes)) <= set(self.batch):
+            raise ValueError(
+                f"axes {tuple(range(axes))} of shape {self.shape} are not all batch axes "
+                f"{self.batch}"
+            )
+        return dataclasses.replace(
+            self,
+            shape=self.shape[axes:],
+            batch=tuple(axis - axes for axis in self.batch if axis >= axes),
+            kept=tuple(axis - axes for axis in self.kept),
+            projected=tuple(axis - axes for axis in self.projected),
         )
 
     @property
@@ -142,7 +161,8 @@ class MatrixView:
     def _unflatten(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         return array.reshape(*self.batch_shape, *self._sizes(axes), array.shape[-1])
 
-    def _unravel(self, index: jax.Array | int) -> tuple[jax.Array | int, ...]:
+    def positions(self, index: jax.Array | int) -> tuple[jax.Array | int, ...]:
+        """Entry number `index` along the flattened batch axes, as one position per batch axis."""
         positions: list[jax.Array | int] = []
         for size in reversed(self.batch_shape[1:]):
             positions.append(index % size)

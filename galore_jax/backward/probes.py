@@ -1,0 +1,81 @@
+"""What is differentiated by in the place of a weight, and the cotangents that it receives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax import mapped
+from galore_jax.transforms import subspace
+from galore_jax.transforms.config import LowRankConfig
+from galore_jax.transforms.subspace import LeafSubspace, Matrices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """Arrays that are differentiated by in the place of a weight.
+
+    Their values are never read, apart from the basis; their cotangents are what the optimizer wants
+    to know.
+
+    Args:
+      value: ``[*batch, kept, rank]`` zeros; receives the projected gradient R.
+      basis: ``[*batch, projected, rank]``, the basis in use; receives the one that R was taken in.
+      moved: ``float32[*batch]`` zeros; receives ones where the basis is new.
+    """
+
+    value: jax.Array
+    basis: jax.Array
+    moved: jax.Array
+
+
+def no_probes(leaf: LeafSubspace, config: LowRankConfig, basis: jax.Array) -> Probes:
+    """The values of the probes of one leaf."""
+    assert leaf.plan.view is not None
+    return Probes(
+        value=jnp.zeros(leaf.plan.view.low_rank_shape(leaf.plan.rank), config.state_dtype),
+        basis=basis,
+        moved=jnp.zeros(leaf.plan.batch_shape, jnp.float32),
+    )
+
+
+def cotangents_of(
+    config: LowRankConfig,
+    leaf: LeafSubspace,
+    probes: Probes,
+    matrices: Matrices,
+    project: Callable[[jax.Array], jax.Array],
+    *,
+    like: Any,
+) -> Probes:
+    """Refreshes the bases that are due, and projects.
+
+    Args:
+      config: Of the lens.
+      leaf: The leaf, as far as it has not been indexed away.
+      probes: What is differentiated by.
+      matrices: The gradient, by its products.
+      project: ``basis -> R``.
+      like: What the gradient is made of, to see over which mapped axes it varies.
+
+    Returns:
+      Cotangents of the probes.
+    """
+    axes = mapped.varying_axes(like, probes.basis)
+    everywhere = dataclasses.replace(config, axis_name=config.axis_name or axes or None)
+    (refreshed,) = subspace.refresh(everywhere, [leaf], [matrices])
+    basis = jax.lax.cond(
+        jnp.any(refreshed.moved),
+        lambda: subspace.decode(config, leaf.plan, refreshed.stored),
+        lambda: probes.basis,
+    )
+    return Probes(
+        value=mapped.sum_like(project(basis).astype(probes.value.dtype), probes.value),
+        basis=basis,
+        moved=refreshed.moved.astype(probes.moved.dtype),
+    )

@@ -1,0 +1,231 @@
+"""Weights whose gradients are projected as they arise, and products with weights of any kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax import mapped, quant
+from galore_jax.backward.contraction import (
+    Contraction,
+    einsum_contraction,
+    matmul_contraction,
+    projected_contraction,
+)
+from galore_jax.backward.probes import Probes, cotangents_of
+from galore_jax.projectors import working_dtype
+from galore_jax.quant import QuantizedArray, dequantize
+from galore_jax.transforms import subspace
+from galore_jax.transforms.config import LowRankConfig
+from galore_jax.transforms.subspace import LeafSubspace
+from galore_jax.views import LeafPlan
+from galore_jax.views.leaves import OneLeaf
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is known about a use of a weight before it runs."""
+
+    product: Any  # Contraction; None where the array itself is asked for
+    config: LowRankConfig
+    plan: LeafPlan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProjectedWeight(OneLeaf):
+    """A weight whose gradient is projected inside the backward pass, and never formed.
+
+    Multiply with `galore_jax.matmul`, ``x @ w`` or `galore_jax.backward.einsum`, in one product:
+    the gradients of two could not share a basis that is found inside one of them. For anything else
+    ask for the array with `astype`: the gradient of that is formed before it is projected.
+
+    Leading batch axes may be indexed away by `jax.lax.scan`, like those of any stacked parameters.
+
+    Args:
+      weight: The array or the `quant.QuantizedArray`.
+      probes: What is differentiated by.
+      stored: Stored form of the bases.
+      due: ``bool[*batch]``, which bases are recomputed in this backward pass.
+      refreshes: ``int32[*batch]``, how often they have been.
+      key: ``uint32[*batch, 2]``.
+      plan: Plan of the whole leaf.
+      config: Of the lens.
+    """
+
+    weight: Any
+    probes: Probes
+    stored: Any
+    due: jax.Array
+    refreshes: jax.Array
+    key: jax.Array
+    plan: LeafPlan = dataclasses.field(metadata={"static": True})
+    config: LowRankConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.weight.ndim
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    @property
+    def subspace(self) -> LeafSubspace:
+        """Of the part of the leaf that is left where its leading axes have been indexed away."""
+        view = self.plan.view
+        assert view is not None
+        gone = len(view.shape) - self.ndim
+        try:
+            here = view.inside(gone)
+        except ValueError as error:
+            raise ValueError(f"leaf {self.plan.path!r}: {error}.") from error
+        if here.shape != self.shape:
+            raise ValueError(
+                f"leaf {self.plan.path!r} of shape {view.shape} was sliced to {self.shape}: only "
+                "its leading axes can be indexed, one entry at a time."
+            )
+        plan = dataclasses.replace(self.plan, shape=self.shape, view=here)
+        return LeafSubspace(plan, self.stored, self.due, self.refreshes, self.key)
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The array, whose gradient is formed before it is projected."""
+        return _array(self._static(None), self.weight, self.probes, self._leaf).astype(dtype)
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return matmul(x, self)
+
+    def _static(self, product: Contraction | None) -> _Static:
+        return _Static(product, self.config, self.subspace.plan)
+
+    @property
+    def _leaf(self) -> LeafSubspace:
+        return self.subspace._replace(plan=None)  # type: ignore[arg-type]  # static
+
+
+def decoded(weight: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The array that a weight of any kind stands for."""
+    array = dequantize(weight) if isinstance(weight, QuantizedArray) else weight
+    return array.astype(dtype)
+
+
+def matmul(x: jax.Array, w: Any) -> jax.Array:
+    """Activations times a weight, whatever the weight is stored as.
+
+    Args:
+      x: ``[..., in]``.
+      w: ``[in, out]``: an array, a `quant.QuantizedArray`, or what `quant.value_and_grad` or
+        `projected_value_and_grad` puts in its place. Leading axes broadcast as in
+        `jax.numpy.matmul`.
+
+    Returns:
+      ``[..., out]`` in the dtype of `x`. The gradient with respect to a stored weight is that of
+      the decoded one; a bare `QuantizedArray` is a constant.
+
+    Raises:
+      ValueError: The axes of a projected leaf are not those of the product.
+
+    Example:
+      >>> import jax.numpy as jnp, galore_jax as gj
+      >>> gj.matmul(jnp.ones((3, 4)), gj.quant.quantize(jnp.ones((4, 2)))).shape
+      (3, 2)
+    """
+    if isinstance(w, ProjectedWeight):
+        return _projected(matmul_contraction(jnp.ndim(x), w.ndim), x, w)
+    return quant.matmul(x, w)
+
+
+def einsum(subscripts: str, x: jax.Array, w: Any) -> jax.Array:
+    """`jax.numpy.einsum` of activations and a weight of any form, for kernels with grouped axes.
+
+    Args:
+      subscripts: ``"x,w->y"``; an ellipsis may stand for leading axes of x and of the result.
+      x: The activations.
+      w: See `matmul`.
+
+    Returns:
+      The result, in the dtype of `x`.
+
+    Raises:
+      ValueError: The axes of a projected leaf are not those of the product, or `subscripts` do not
+        fit.
+
+    Example:
+      >>> import jax.numpy as jnp, galore_jax as gj
+      >>> x, kernel = jnp.ones((2, 5, 16)), jnp.ones((16, 4, 8))  # [batch, tokens, embed]
+      >>> gj.backward.einsum("...d,dhk->...hk", x, kernel).shape
+      (2, 5, 4, 8)
+    """
+    if isinstance(w, ProjectedWeight):
+        return _projected(einsum_contraction(subscripts, jnp.ndim(x), w.ndim), x, w)
+    return jnp.einsum(subscripts, x, decoded(w, x.dtype))
+
+
+def _projected(product: Contraction, x: jax.Array, w: ProjectedWeight) -> jax.Array:
+    static = w._static(product)
+    projected_contraction(product, static.plan)  # raises here, not in the backward pass
+    return _product(static, x, w.weight, w.probes, w._leaf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    static: _Static, x: jax.Array, weight: Any, probes: Probes, leaf: LeafSubspace
+) -> jax.Array:
+    del probes, leaf
+    return static.product(x, decoded(weight, x.dtype))
+
+
+def _product_fwd(static: _Static, x: jax.Array, weight: Any, probes: Probes, leaf: LeafSubspace):
+    return _product(static, x, weight, probes, leaf), (x, weight, probes, leaf)
+
+
+def _product_bwd(static: _Static, residuals: Any, dy: jax.Array):
+    x, weight, probes, leaf = residuals
+    leaf = leaf._replace(plan=static.plan)
+    how = projected_contraction(static.product, static.plan)
+    dx = static.product.cotangent_of_x(x, decoded(weight, x.dtype), dy)
+    matrices = how.matrices(x, dy, working_dtype(static.plan.dtype))
+    cotangents = cotangents_of(
+        static.config, leaf, probes, matrices, lambda basis: how.project(x, dy, basis), like=(x, dy)
+    )
+    return mapped.sum_like(dx, x), None, cotangents, None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _array(static: _Static, weight: Any, probes: Probes, leaf: LeafSubspace) -> jax.Array:
+    del leaf
+    return mapped.varying(decoded(weight, static.plan.dtype), mapped.varying_axes(probes.value, ()))
+
+
+def _array_fwd(static: _Static, weight: Any, probes: Probes, leaf: LeafSubspace):
+    return _array(static, weight, probes, leaf), (probes, leaf)
+
+
+def _array_bwd(static: _Static, residuals: Any, gradient: jax.Array):
+    probes, leaf = residuals
+    plan = static.plan
+    assert plan.view is not None
+    project = functools.partial(plan.view.project, gradient)
+    cotangents = cotangents_of(
+        static.config,
+        leaf._replace(plan=plan),
+        probes,
+        subspace.dense_matrices(plan, gradient),
+        project,
+        like=gradient,
+    )
+    return None, cotangents, None
+
+
+_array.defvjp(_array_fwd, _array_bwd)
