@@ -11,8 +11,10 @@ TOP_LEVEL = {
     "LowRankState",
     "MatrixAxes",
     "ProjectedGradient",
+    "accumulate",
     "all_matrices",
     "apply_updates",
+    "backward",
     "codecs",
     "describe",
     "galore",
@@ -25,6 +27,7 @@ TOP_LEVEL = {
     "low_rank_projection",
     "matmul",
     "memory",
+    "projected_value_and_grad",
     "projectors",
     "q_galore_adamw8bit",
     "quant",
@@ -57,6 +60,7 @@ SEAMS = {
         "value_and_grad",
     },
     "codecs": {"cast", "identity", "int4", "int8"},
+    "backward": {"ProjectedWeight", "einsum", "matmul", "projected_value_and_grad", "pullback"},
 }
 ALIASES = (
     gj.galore,

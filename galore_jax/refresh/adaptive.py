@@ -89,8 +89,8 @@ class adaptive(RefreshPolicy):
     def compares_columns(self) -> bool:
         return self.mode == "cosine"
 
-    def init(self, treedef, slots):
-        shapes = [slot.batch_shape if slot else () for slot in slots]
+    def init(self, treedef, places):
+        shapes = [() if place is None else place.shape for place in places]
         return AdaptiveState(
             gap=treedef.unflatten(jnp.full(shape, self.gap, jnp.int32) for shape in shapes),
             similarities=treedef.unflatten(
@@ -98,14 +98,14 @@ class adaptive(RefreshPolicy):
             ),
         )
 
-    def decide(self, count, batches, memory, moves):
+    def decide(self, count, places, memory, moves):
         treedef: Any = jax.tree.structure(memory.gap)
         gaps, similarities = (treedef.flatten_up_to(tree) for tree in memory)
         due: list[jax.Array | None] = []
         for i, move in enumerate(moves):
             if move is not None:
                 gaps[i], similarities[i] = self._after(move, gaps[i], similarities[i])
-            due.append(None if batches[i] is None else count % gaps[i] == 0)
+            due.append(None if places[i] is None else count % gaps[i] == 0)
         return due, AdaptiveState(treedef.unflatten(gaps), treedef.unflatten(similarities))
 
     def _after(

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
+import itertools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from galore_jax.basis import BasisMove
 
 
-@dataclasses.dataclass(frozen=True)
-class MatrixSlots:
-    """The matrices of one projected leaf, within the enumeration of all matrices of a lens.
+def places_of(batches: list[tuple[int, ...] | None]) -> list[jax.Array | None]:
+    """Spreads the matrices of all leaves evenly, for policies that give each a time of its own.
 
     Args:
-      batch_shape: Shape of the leaf's batch axes; one matrix per entry.
-      first: Number of the leaf's first matrix.
-      total: Number of matrices of all leaves together.
-    """
+      batches: Shape of the batch axes of every leaf; None where a leaf is not projected.
 
-    batch_shape: tuple[int, ...]
-    first: int
-    total: int
+    Returns:
+      ``uint32[*batch]`` per leaf: the place of each matrix among all of them, a fraction in units
+      of 2⁻³². It is kept in the state, so that a slice of a stack of layers knows its own.
+    """
+    sizes = [0 if batch is None else math.prod(batch) for batch in batches]
+    total, first = sum(sizes), itertools.accumulate(sizes, initial=0)
+
+    def places(batch: tuple[int, ...], start: int, size: int) -> jax.Array:
+        # Rounded up, so that the share of a gap never falls below an integer.
+        fractions = [-(-(number << 32) // total) for number in range(start, start + size)]
+        return jnp.asarray(np.asarray(fractions, np.uint32).reshape(batch))
+
+    return [
+        None if batch is None else places(batch, start, size)
+        for batch, start, size in zip(batches, first, sizes, strict=False)
+    ]
 
 
 class RefreshPolicy(abc.ABC):
@@ -39,21 +51,21 @@ class RefreshPolicy(abc.ABC):
         """Whether column i of a basis has to mean the same thing before and after a refresh."""
         return False
 
-    def init(self, treedef: Any, slots: list[MatrixSlots | None]) -> Any:
+    def init(self, treedef: Any, places: list[jax.Array | None]) -> Any:
         """Memory of the policy: () or a NamedTuple of trees with one array per leaf.
 
         Args:
           treedef: Structure of the parameters, to unflatten one array per leaf.
-          slots: One entry per leaf; None where a leaf is not projected.
+          places: See `places_of`.
         """
-        del treedef, slots
+        del treedef, places
         return ()
 
     @abc.abstractmethod
     def decide(
         self,
         count: jax.Array,
-        batches: list[tuple[int, ...] | None],
+        places: list[jax.Array | None],
         memory: Any,
         moves: list[BasisMove | None],
     ) -> tuple[list[jax.Array | None], Any]:
@@ -61,8 +73,8 @@ class RefreshPolicy(abc.ABC):
 
         Args:
           count: int32 scalar, the count of the step that comes next.
-          batches: Shape of the batch axes of every leaf; None where a leaf is not projected. The
-            leaves may be slices of those that `init` saw, and `memory` with them.
+          places: See `places_of`. The leaves may be slices of those that `init` saw, and `memory`
+            with them.
           memory: What `init` or the previous call returned.
           moves: One entry per projected leaf: how its bases moved in this step.
 

@@ -32,11 +32,11 @@ class every(RefreshPolicy):
     def __post_init__(self):
         check_gap(self.gap)
 
-    def decide(self, count, batches, memory, moves):
+    def decide(self, count, places, memory, moves):
         del moves
         due = count % self.gap == 0
         return [
-            None if batch is None else jnp.broadcast_to(due, batch) for batch in batches
+            None if place is None else jnp.broadcast_to(due, place.shape) for place in places
         ], memory
 
 

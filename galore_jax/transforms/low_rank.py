@@ -146,11 +146,11 @@ def low_rank_projection(
         check_same_storage(config, state.config)
         gradients, treedef = flatten_leaves(updates)
         plans = leaf_plan(config, subspace.full_shapes(updates, params))
-        memory = stages.memory_of(config, state, treedef, plans)
         leaves = stages.subspaces(state._replace(config=config), treedef, plans, layer)
         for leaf in leaves:
             if leaf.plan.is_projected:
                 subspace.check_stored(config, leaf.plan, leaf.stored)
+        refreshing = stages.under_policy(config, state, treedef, leaves)
         refreshed = stages.refresh(config, leaves, gradients)
         entered = list(map(functools.partial(stages.enter, config), leaves, gradients, refreshed))
         carried = config.transport.carry(
@@ -172,7 +172,7 @@ def low_rank_projection(
             config=config,
             count=count,
             projectors=treedef.unflatten(leaf.stored for leaf in entered),
-            refresh_state=stages.decide(config, treedef, count, memory, leaves, entered),
+            refresh_state=stages.decide(config, treedef, count, refreshing, leaves, entered),
             inner_state=inner_state,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from galore_jax import mapped
 from galore_jax.basis import BasisMove
 from galore_jax.keys import matrix_keys
-from galore_jax.refresh import MatrixSlots
+from galore_jax.refresh import places_of
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.inner import at_full_size
@@ -142,15 +141,15 @@ def decide(
     config: LowRankConfig,
     treedef: Any,
     count: jax.Array,
-    memory: Any,
+    state: RefreshState,
     leaves: list[LeafSubspace],
     entered: list[Entered],
 ) -> RefreshState:
     """Which matrices are due at `count`: those the policy names, and those that failed."""
     moves = [leaf.move for leaf in entered]
     moved = [None if move is None else move.moved for move in moves]
-    batches = [leaf.plan.batch_shape if leaf.plan.is_projected else None for leaf in leaves]
-    planned, memory = config.refresh.decide(count, batches, memory, moves)
+    places = _projected_only(leaves, treedef.flatten_up_to(state.places))
+    planned, memory = config.refresh.decide(count, places, state.memory, moves)
     due = [
         leaf.due if now is None or soon is None else soon | (leaf.due & ~now)
         for leaf, now, soon in zip(leaves, moved, planned, strict=True)
@@ -159,32 +158,36 @@ def decide(
         leaf.refreshes if now is None else leaf.refreshes + now.astype(jnp.int32)
         for leaf, now in zip(leaves, moved, strict=True)
     ]
-    return RefreshState(treedef.unflatten(due), treedef.unflatten(refreshes), memory)
+    return RefreshState(
+        due=treedef.unflatten(due),
+        refreshes=treedef.unflatten(refreshes),
+        places=state.places,
+        memory=memory,
+    )
 
 
 def first_decision(config: LowRankConfig, treedef: Any, plans: list[LeafPlan]) -> RefreshState:
     """Every matrix is due at count 0."""
+    places = places_of([plan.batch_shape if plan.is_projected else None for plan in plans])
+    nowhere = jnp.zeros((), jnp.uint32)
     return RefreshState(
         due=treedef.unflatten(jnp.full(plan.batch_shape, plan.is_projected) for plan in plans),
         refreshes=treedef.unflatten(jnp.zeros(plan.batch_shape, jnp.int32) for plan in plans),
-        memory=config.refresh.init(treedef, _slots(plans)),
+        places=treedef.unflatten(nowhere if place is None else place for place in places),
+        memory=config.refresh.init(treedef, places),
     )
 
 
-def memory_of(
-    config: LowRankConfig, state: LowRankState, treedef: Any, plans: list[LeafPlan]
-) -> Any:
-    """What the policy remembers; nothing yet, in a state made under another kind of policy."""
+def under_policy(
+    config: LowRankConfig, state: LowRankState, treedef: Any, leaves: list[LeafSubspace]
+) -> RefreshState:
+    """The refresh state, without what a policy of another kind remembered."""
+    current = state.refresh_state
     if type(config.refresh) is type(state.config.refresh):
-        return state.refresh_state.memory
-    return config.refresh.init(treedef, _slots(plans))
+        return current
+    places = _projected_only(leaves, treedef.flatten_up_to(current.places))
+    return current._replace(memory=config.refresh.init(treedef, places))
 
 
-def _slots(plans: list[LeafPlan]) -> list[MatrixSlots | None]:
-    """Numbers the matrices of all leaves through, for policies that spread them."""
-    sizes = [plan.view.num_matrices if plan.view else 0 for plan in plans]
-    first = itertools.accumulate(sizes, initial=0)
-    return [
-        MatrixSlots(plan.view.batch_shape, start, sum(sizes)) if plan.view else None
-        for plan, start in zip(plans, first, strict=False)
-    ]
+def _projected_only(leaves: list[LeafSubspace], trees: list[Any]) -> list[Any]:
+    return [x if leaf.plan.is_projected else None for leaf, x in zip(leaves, trees, strict=True)]

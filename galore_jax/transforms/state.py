@@ -16,11 +16,13 @@ class RefreshState(NamedTuple):
     Args:
       due: ``bool[*batch]`` per leaf, decided at the end of the previous step.
       refreshes: ``int32[*batch]`` per leaf, how often each basis has been recomputed.
+      places: ``uint32[*batch]`` per leaf, where each matrix stands among all of them.
       memory: State of the policy.
     """
 
     due: optax.Updates
     refreshes: optax.Updates
+    places: optax.Updates
     memory: Any
 
 

@@ -146,13 +146,6 @@ def with_similarity(value):
     return old.astype(np.float32), new.astype(np.float32)
 
 
-def slots(*batches):
-    sizes = [int(np.prod(batch)) for batch in batches]
-    return [
-        refresh.MatrixSlots(batch, sum(sizes[:i]), sum(sizes)) for i, batch in enumerate(batches)
-    ]
-
-
 def drive(policy, similarity_at, steps, matrices=1, fails_at=()):
     """``bool[steps, matrices]``: who was refreshed when, and the memory at the end.
 
@@ -164,7 +157,7 @@ def drive(policy, similarity_at, steps, matrices=1, fails_at=()):
     """
     # cos²: old and new of `with_similarity`, traced.
     eye = jnp.eye(6, 4)
-    (slot,) = slots((matrices,))
+    (place,) = refresh.places_of([(matrices,)])
     treedef = jax.tree.structure(0)
 
     def step(carry, given):
@@ -175,13 +168,13 @@ def drive(policy, similarity_at, steps, matrices=1, fails_at=()):
         old = jnp.broadcast_to(eye[:, :2], (matrices, 6, 2))
         new = jnp.sqrt(angle) * eye[None, :, :2] + jnp.sqrt(1 - angle) * eye[None, :, 2:]
         move = BasisMove(old, new, moved, refreshes == 0)
-        (planned,), memory = policy.decide(count + 1, [slot], memory, [move])
+        (planned,), memory = policy.decide(count + 1, [place], memory, [move])
         return (planned | (due & ~moved), refreshes + moved.astype(jnp.int32), memory), moved
 
     start = (
         jnp.ones(matrices, bool),
         jnp.zeros(matrices, jnp.int32),
-        policy.init(treedef, [slot]),
+        policy.init(treedef, [place]),
     )
     fails = np.zeros(steps, bool)
     fails[list(fails_at)] = True
@@ -266,20 +259,22 @@ def test_a_short_gap_grows_by_whatever_factor_is_accepted():
 
 def test_a_gap_that_grows_for_ever_does_not_overflow():
     policy = refresh.adaptive(2**29, patience=1, growth=2.0)
-    memory = policy.init(jax.tree.structure(0), slots(()))
+    memory = policy.init(jax.tree.structure(0), refresh.places_of([()]))
     old, new = with_similarity(0.9)
     move = BasisMove(old, new, jnp.asarray(True), jnp.asarray(False))
     for _ in range(5):
-        _, memory = policy.decide(jnp.int32(7), slots(()), memory, [move])
+        _, memory = policy.decide(jnp.int32(7), refresh.places_of([()]), memory, [move])
     assert int(memory.gap) == 2**30
 
 
 def test_the_first_refresh_and_steps_without_one_do_not_count():
     policy = refresh.adaptive(5, patience=1)
-    memory = policy.init(jax.tree.structure(0), slots((3,)))
+    memory = policy.init(jax.tree.structure(0), refresh.places_of([(3,)]))
     old, new = (jnp.broadcast_to(basis, (3, 6, 2)) for basis in with_similarity(0.9))
     moved, first = jnp.asarray([True, False, True]), jnp.asarray([True, False, False])
-    _, after = policy.decide(jnp.int32(1), slots((3,)), memory, [BasisMove(old, new, moved, first)])
+    _, after = policy.decide(
+        jnp.int32(1), refresh.places_of([(3,)]), memory, [BasisMove(old, new, moved, first)]
+    )
     np.testing.assert_array_equal(after.gap, [5, 5, 10])
     np.testing.assert_array_equal(after.similarities[:, 0] >= 0, [False, False, True])
 
@@ -291,11 +286,11 @@ def test_cosine_compares_first_columns_only():
     gaps = {}
     for mode in ("overlap", "cosine"):
         policy = refresh.adaptive(5, patience=1, mode=mode)
-        memory = policy.init(jax.tree.structure(0), slots(()))
-        _, memory = policy.decide(jnp.int32(1), slots(()), memory, [move])
+        memory = policy.init(jax.tree.structure(0), refresh.places_of([()]))
+        _, memory = policy.decide(jnp.int32(1), refresh.places_of([()]), memory, [move])
         gaps[mode] = int(memory.gap)
         signed = BasisMove(basis, -basis, jnp.asarray(True), jnp.asarray(False))
-        _, memory = policy.decide(jnp.int32(1), slots(()), memory, [signed])
+        _, memory = policy.decide(jnp.int32(1), refresh.places_of([()]), memory, [signed])
         assert int(memory.gap) == 2 * gaps[mode]  # a sign means nothing to either
     assert gaps == {"overlap": 10, "cosine": 5}
 
@@ -303,7 +298,7 @@ def test_cosine_compares_first_columns_only():
 def test_leaves_without_a_matrix_are_left_out():
     policy = refresh.adaptive(3, patience=2)
     treedef = jax.tree.structure({"a": 0, "b": 0})
-    places = [None, *slots((4,))]
+    places = refresh.places_of([None, (4,)])
     memory = policy.init(treedef, places)
     assert memory.gap["b"].shape == (4,) and memory.similarities["b"].shape == (4, 2)
     old, new = (jnp.broadcast_to(basis, (4, 6, 2)) for basis in with_similarity(0.5))

@@ -94,15 +94,12 @@ def test_due_at_the_right_counts(kind, gap):
 def test_staggered_does_the_work_of_every_in_even_shares(gap, batches):
     sizes = [int(np.prod(batch)) for batch in batches]
     total = sum(sizes)
-    slots = [refresh.MatrixSlots(batch, sum(sizes[:i]), total) for i, batch in enumerate(batches)]
-    slots.insert(1, None)
+    places = refresh.places_of([batches[0], None, *batches[1:]])
     policy = refresh.staggered(gap)
-    memory = policy.init(jax.tree.structure([0] * len(slots)), slots)
-    shapes = [slot and slot.batch_shape for slot in slots]
     due = np.zeros((2 * gap, total), bool)
     for count in range(1, 2 * gap + 1):
-        answer, after = policy.decide(jnp.int32(count), shapes, memory, [])
-        assert answer[1] is None and after is memory
+        answer, memory = policy.decide(jnp.int32(count), places, (), [])
+        assert answer[1] is None and memory == ()
         named = [part for part in answer if part is not None]
         assert [part.shape for part in named] == batches
         due[count - 1] = np.concatenate([np.ravel(part) for part in named])
@@ -118,11 +115,10 @@ def test_an_integer_means_every():
 
 def test_staggered_does_not_overflow():
     gap, total = 100_000, 1_000_000
-    last = refresh.MatrixSlots((), total - 1, total)
+    last = refresh.places_of([(total,)])[0][-1]
     policy = refresh.staggered(gap)
-    memory = policy.init(jax.tree.structure([0]), [last])
-    assert policy.decide(jnp.int32(gap - 1), [()], memory, [])[0][0]
-    assert not policy.decide(jnp.int32(gap - 2), [()], memory, [])[0][0]
+    assert policy.decide(jnp.int32(gap - 1), [last], (), [])[0][0]
+    assert not policy.decide(jnp.int32(gap - 2), [last], (), [])[0][0]
 
 
 def spoil(gradients, step, name, index, value):
