@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 
 def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
@@ -22,7 +22,7 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     Args:
       fn: A function of pytrees of arrays; the same object at every call, or it is compiled anew.
       *args: Its arguments.
-      like: Tree of arrays like the result, which is sharded like them.
+      like: Tree of arrays like the result, which is sharded like them, or of their shardings.
 
     Returns:
       What ``fn(*args)`` returns.
@@ -30,7 +30,7 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     mesh = _explicit_mesh(args)
     if mesh is None:
         return fn(*args)
-    specs, treedef = jax.tree.flatten(jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like))
+    specs, treedef = jax.tree.flatten(jax.tree.map(_spec, like))
     return _automatic(fn, mesh, tuple(specs), treedef, *args)
 
 
@@ -53,6 +53,10 @@ def sharded_alike(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple
 def _automatic(fn: Any, mesh: Any, specs: Any, treedef: Any, *args: Any) -> Any:
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(fn, out_sharding=jax.tree.unflatten(treedef, specs))(*args)
+
+
+def _spec(like: Any) -> Any:
+    return (like if isinstance(like, NamedSharding) else jax.typeof(like).sharding).spec
 
 
 def _explicit_mesh(tree: Any) -> Any:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
 
@@ -247,6 +249,121 @@ def test_a_state_for_other_parameters_is_refused_by_leaf():
     state = lens().init({"layer": {"kernel": jnp.zeros((10, 7)), "bias": jnp.zeros((6,))}})
     text = message(ValueError, lambda: lens().update(PARAMS, state))
     contains(text, KERNEL, "(7, 2)", "(6, 2)")
+
+
+MESH, WHOLE = AbstractMesh((4, 2), ("data", "model")), P()
+
+
+def on_mesh(kernel, bias=WHOLE, mesh=MESH):
+    return {"layer": {"kernel": NamedSharding(mesh, kernel), "bias": NamedSharding(mesh, bias)}}
+
+
+SHARDINGS = {
+    "does not divide": (
+        ValueError,
+        on_mesh(P("data")),
+        [KERNEL, "(10, 6)", "axis 0", "10", "'data'", "4 shards", "another axis"],
+    ),
+    "two mesh axes do not divide": (
+        ValueError,
+        on_mesh(P(None, ("data", "model"))),
+        [KERNEL, "axis 1", "6", "('data', 'model')", "8 shards"],
+    ),
+    "more entries than axes": (
+        ValueError,
+        on_mesh(P(), P("model", None)),
+        ["layer/bias", "(6,)", "2 entries", "1 axes", "one entry per axis"],
+    ),
+    "unconstrained": (
+        ValueError,
+        on_mesh(P(P.UNCONSTRAINED, "model")),
+        [KERNEL, "axis 0", "UNCONSTRAINED", "None"],
+    ),
+    "two meshes": (
+        ValueError,
+        {
+            "layer": {
+                "bias": NamedSharding(MESH, P()),
+                "kernel": NamedSharding(AbstractMesh((2,), ("x",)), P("x")),
+            }
+        },
+        [KERNEL, "layer/bias", "'x': 2", "'data': 4", "one mesh"],
+    ),
+    "a leaf too few": (
+        ValueError,
+        {"layer": {"kernel": NamedSharding(MESH, P())}},
+        ["`params_sharding`", "no sharding for 'layer/bias'"],
+    ),
+    "another name": (
+        ValueError,
+        {"layer": {"kernel": NamedSharding(MESH, P()), "scale": NamedSharding(MESH, P())}},
+        ["no sharding for 'layer/bias'", "no parameter for 'layer/scale'", "every leaf"],
+    ),
+    "one for all": (ValueError, NamedSharding(MESH, P()), ["no sharding for", KERNEL]),
+    "other containers": (ValueError, [on_mesh(P())], ["no sharding for", "'0/layer/kernel'"]),
+    "a container": (
+        TypeError,
+        {"layer": on_mesh(P())["layer"] | {"kernel": [NamedSharding(MESH, P())]}},
+        [KERNEL, "[NamedSharding("],
+    ),
+    "a bare spec": (
+        TypeError,
+        {"layer": {"kernel": P("data"), "bias": P()}},
+        ["layer/bias", "NamedSharding(mesh, spec)"],
+    ),
+    "None": (
+        TypeError,
+        {"layer": {"kernel": None, "bias": NamedSharding(MESH, P())}},
+        [KERNEL, "None", "To replicate it"],
+    ),
+    "one device": (
+        TypeError,
+        {"layer": on_mesh(P())["layer"] | {"kernel": SingleDeviceSharding(jax.devices()[0])}},
+        [KERNEL, "SingleDeviceSharding", "NamedSharding"],
+    ),
+}
+TAKE_SHARDINGS = {
+    "state_sharding": lambda sharding: gj.state_sharding(lens(), PARAMS, sharding),
+    "init_sharded": lambda sharding: gj.init_sharded(lens(), PARAMS, sharding),
+    "describe": lambda sharding: gj.describe(lens(), PARAMS, sharding),
+    "params_sharding": lambda sharding: gj.quant.params_sharding(
+        gj.quant.quantize_params(PARAMS), sharding
+    ),
+}
+
+
+@pytest.mark.parametrize("function", TAKE_SHARDINGS)
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_shardings(name, function):
+    error_type, sharding, needles = SHARDINGS[name]
+    contains(message(error_type, lambda: TAKE_SHARDINGS[function](sharding)), *needles)
+
+
+def test_a_mesh_axis_that_does_not_exist_is_refused_by_jax():
+    """A `NamedSharding` with one cannot be made, so none can get here."""
+    contains(message(ValueError, lambda: NamedSharding(MESH, P("fsdp"))), "fsdp", "data", "model")
+
+
+def test_no_parameters_no_mesh():
+    contains(message(ValueError, lambda: gj.state_sharding(lens(), {}, {})), "no parameter", "mesh")
+
+
+def test_a_mesh_that_a_saved_state_cannot_take_is_refused_by_leaf():
+    """Shardings to restore with come from `state_sharding`, which asks the new mesh first."""
+    gj.state_sharding(lens(), PARAMS, on_mesh(P("model")))
+    eight = AbstractMesh((1, 8), ("data", "model"))
+    text = message(
+        ValueError, lambda: gj.state_sharding(lens(), PARAMS, on_mesh(P("model"), mesh=eight))
+    )
+    contains(text, KERNEL, "(10, 6)", "8 shards", "another axis")
+
+
+def test_a_state_on_other_devices_than_its_gradients_is_refused_by_argument():
+    half = jax.sharding.Mesh(jax.devices()[:2], ("model",), axis_types=(AxisType.Auto,))
+    state = gj.init_sharded(lens(), PARAMS, on_mesh(P("model"), mesh=half))
+    gradients = jax.device_put(PARAMS, jax.devices()[3])
+    text = message(ValueError, lambda: jax.jit(lens().update)(gradients, state))
+    contains(text, "incompatible devices", "updates['layer']", "state.count")
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -55,6 +55,7 @@ SEAMS = {
         "QuantizedArray",
         "dequantize",
         "dequantize_params",
+        "params_sharding",
         "quantize",
         "quantize_params",
         "value_and_grad",

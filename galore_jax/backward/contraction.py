@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import string
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +27,21 @@ class Contraction:
       x: Axes of the activations.
       w: Axes of the weight.
       y: Axes of the result.
+      precision: Of this product and those of its backward pass.
     """
 
     x: str
     w: str
     y: str
+    precision: jax.lax.PrecisionLike = None
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.einsum(f"{self.x},{self.w}->{self.y}", x, w)
+        return jnp.einsum(f"{self.x},{self.w}->{self.y}", x, w, precision=self.precision)
 
     def cotangent_of_x(self, x: jax.Array, w: jax.Array, dy: jax.Array) -> jax.Array:
         """dL/dx."""
-        _, pull = jax.vjp(lambda x: self(x, w), x)
-        return pull(dy)[0]
-
-    def gradient(self, x: jax.Array, dy: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """dL/dw, formed."""
-        product = jnp.einsum(f"{self.x},{self.y}->{self.w}", x, dy, preferred_element_type=dtype)
-        return product.astype(dtype)
+        (dx,) = jax.linear_transpose(lambda x: self(x, w), x)(dy)
+        return dx
 
 
 def matmul_contraction(x_ndim: int, w_ndim: int) -> Contraction:
@@ -84,6 +81,19 @@ def einsum_contraction(subscripts: str, x_ndim: int, w_ndim: int) -> Contraction
     return found
 
 
+def dot_contraction(
+    x_ndim: int, w_ndim: int, dimension_numbers: Any, precision: jax.lax.PrecisionLike = None
+) -> Contraction:
+    """Of `jax.lax.dot_general`: axes of the batch first, then those of x, then those of w."""
+    (x_sum, w_sum), (x_batch, w_batch) = dimension_numbers
+    x, w = list(_NAMES[:x_ndim]), string.ascii_lowercase[:w_ndim]
+    for here, there in zip((*x_sum, *x_batch), (*w_sum, *w_batch), strict=True):
+        x[here] = w[there]
+    gone = {w[axis] for axis in (*w_sum, *w_batch)}
+    y = [w[axis] for axis in w_batch] + [name for name in (*x, *w) if name not in gone]
+    return Contraction("".join(x), w, "".join(y), precision)
+
+
 @dataclasses.dataclass(frozen=True)
 class ProjectedContraction:
     """What the backward pass of a product computes in the place of the gradient G of its weight.
@@ -110,8 +120,9 @@ class ProjectedContraction:
           x: The activations.
           dy: Cotangent of the result.
           basis: ``[*batch, projected, rank]``; the result accumulates in its dtype.
-          precision: Of the products.
+          precision: Of the products; that of the forward pass unless told.
         """
+        precision = self.product.precision if precision is None else precision
         batch, kept, projected = map(self._names, ("batch", "kept", "projected"))
         near, far = (x, self.product.x), (dy, self.product.y)
         if not self._on_x("projected"):
@@ -142,15 +153,12 @@ class ProjectedContraction:
             one, x_entry, dy_entry = self._entry(x, dy, index)
             a, b = x_entry.astype(dtype), dy_entry.astype(dtype)
             other = dataclasses.replace(one, view=one.view.transposed)
-            # No entry of G exceeds the number of its terms times the largest of them; zero or not
-            # finite are G and this bound together.
-            terms = a.size // math.prod(one._sizes("kept" if one._on_x("kept") else "projected"))
             return MatrixOperator(
                 shape=(one.view.kept_size, one.view.projected_size),
                 dtype=dtype,
                 matmul=lambda v: one.project(a, b, v, HIGHEST),
                 rmatmul=lambda u: other.project(a, b, u, HIGHEST),
-                magnitude=jnp.max(jnp.abs(a)) * jnp.max(jnp.abs(b)) * terms,
+                magnitude=one._bound(a, b),
                 projects_input=one.view.projects_input,
             )
 
@@ -160,12 +168,27 @@ class ProjectedContraction:
         self, x: jax.Array, dy: jax.Array, index: jax.Array
     ) -> tuple[ProjectedContraction, jax.Array, jax.Array]:
         """The product that one matrix of a batch takes part in."""
-        x_axes, w_axes, y_axes = dataclasses.astuple(self.product)
+        x_axes, w_axes, y_axes = self.product.x, self.product.w, self.product.y
         for name, position in zip(self._names("batch"), self.view.positions(index), strict=True):
             x, x_axes = _take(x, x_axes, name, position)
             dy, y_axes = _take(dy, y_axes, name, position)
             w_axes = w_axes.replace(name, "")
         return ProjectedContraction(Contraction(x_axes, w_axes, y_axes), self.view.unbatched), x, dy
+
+    def _bound(self, x: jax.Array, dy: jax.Array) -> jax.Array:
+        """At least the largest entry of the matrix; zero or not finite if all its terms are."""
+        matrix = self._names("kept") + self._names("projected")
+
+        def largest(array: jax.Array, axes: str) -> tuple[str, jax.Array]:
+            within = [axis for axis, name in enumerate(axes) if name in matrix]
+            rows = "".join(name for name in axes if name not in matrix)
+            return rows, jnp.max(jnp.abs(array), axis=within)
+
+        (x_rows, x_sizes), (dy_rows, dy_sizes) = (
+            largest(x, self.product.x),
+            largest(dy, self.product.y),
+        )
+        return jnp.einsum(f"{x_rows},{dy_rows}->", x_sizes, dy_sizes, precision=HIGHEST)
 
     def _on_x(self, side: str) -> bool:
         return self._names(side)[0] in self.product.x
@@ -177,6 +200,23 @@ class ProjectedContraction:
         return tuple(self.view.shape[axis] for axis in getattr(self.view, side))
 
 
+def check_sizes(product: Contraction, x_shape: tuple[int, ...], plan: LeafPlan) -> None:
+    """Raises unless the axes that activations and weight have in common are of the same size.
+
+    One entry along a batch axis may stand for all, as anywhere; `jax.numpy.einsum` would take it
+    for any axis.
+    """
+    assert plan.view is not None
+    batch = {product.w[axis] for axis in plan.view.batch}
+    sizes = dict(zip(product.x, x_shape, strict=True))
+    for name, size in zip(product.w, plan.shape, strict=True):
+        if sizes.get(name, size) not in ((1, size) if name in batch else (size,)):
+            raise ValueError(
+                f"leaf {plan.path!r} of shape {plan.shape} does not fit activations of shape "
+                f"{x_shape} in {product.x},{product.w}->{product.y}."
+            )
+
+
 def projected_contraction(product: Contraction, plan: LeafPlan) -> ProjectedContraction:
     """The backward pass of `product` for a leaf.
 
@@ -186,9 +226,13 @@ def projected_contraction(product: Contraction, plan: LeafPlan) -> ProjectedCont
     assert plan.view is not None
     found = ProjectedContraction(product, plan.view)
     batch, *sides = (set(found._names(side)) for side in ("batch", "kept", "projected"))
-    contracted = {name for name in product.w if name in product.x and name not in product.y}
-    produced = set(product.w) - contracted - batch
-    if contracted not in sides or produced not in sides or contracted & batch:
+    x, y = set(product.x), set(product.y)
+    contracted, produced = x - y - batch, y - x - batch
+    fits = sides in (
+        [contracted & set(product.w), produced],
+        [produced, contracted & set(product.w)],
+    )
+    if not fits or not batch <= x | y:
         raise ValueError(
             f"leaf {plan.path!r} of shape {plan.shape} is a batch of matrices over the axes "
             f"{plan.view.kept} and {plan.view.projected}, but the product "

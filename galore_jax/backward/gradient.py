@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import mapped
-from galore_jax.backward.probes import Probes, no_probes
+from galore_jax.backward.probes import Probes, gradient_of, no_probes
 from galore_jax.backward.weight import ProjectedWeight
 from galore_jax.quant import DifferentiableWeight, QuantizedArray
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.lenses import lens_leaves, with_configs
 from galore_jax.transforms.subspace import LeafSubspace
-from galore_jax.views import ProjectedGradient
 from galore_jax.views.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
 
 
@@ -138,7 +138,8 @@ class _Leaves:
 
     def collect(self, cotangents: list[Any]) -> Any:
         """The gradients, from the cotangents of the probes."""
-        return rebox(self._params, [_gradient(cotangent) for cotangent in cotangents])
+        gradients = [gradient_of(c) if isinstance(c, Probes) else c for c in cotangents]
+        return rebox(self._params, gradients)
 
     def _probe(self, path: str, leaf: Any) -> Any:
         # Gradients stay local to each device: it is the lens that takes their mean, and of R.
@@ -148,7 +149,7 @@ class _Leaves:
             return local(jnp.zeros(leaf.shape, leaf.dtype) if quantized else leaf)
         config, space = self._subspaces[path]
         probes = no_probes(space, config, subspace.decode(config, space.plan, space.stored))
-        return Probes(local(probes.value), probes.basis, probes.moved)
+        return dataclasses.replace(probes, value=local(probes.value))
 
     def _attached(self, path: str, leaf: Any, probe: Any) -> Any:
         if path not in self._subspaces:
@@ -164,12 +165,6 @@ class _Leaves:
             plan=space.plan,
             config=config,
         )
-
-
-def _gradient(cotangent: Any) -> Any:
-    if not isinstance(cotangent, Probes):
-        return cotangent
-    return ProjectedGradient(cotangent.value, cotangent.basis, cotangent.moved > 0)
 
 
 def _check_projector(config: LowRankConfig, path: str) -> None:

@@ -13,6 +13,7 @@ from galore_jax import mapped
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.subspace import LeafSubspace, Matrices
+from galore_jax.views import ProjectedGradient
 
 
 @jax.tree_util.register_dataclass
@@ -21,17 +22,19 @@ class Probes:
     """Arrays that are differentiated by in the place of a weight.
 
     Their values are never read, apart from the basis; their cotangents are what the optimizer wants
-    to know.
+    to know. Cotangents of a weight that takes part in several products add up.
 
     Args:
       value: ``[*batch, kept, rank]`` zeros; receives the projected gradient R.
       basis: ``[*batch, projected, rank]``, the basis in use; receives the one that R was taken in.
       moved: ``float32[*batch]`` zeros; receives ones where the basis is new.
+      uses: ``float32[*batch]`` zeros; receives the number of products.
     """
 
     value: jax.Array
     basis: jax.Array
     moved: jax.Array
+    uses: jax.Array
 
 
 def no_probes(leaf: LeafSubspace, config: LowRankConfig, basis: jax.Array) -> Probes:
@@ -41,6 +44,23 @@ def no_probes(leaf: LeafSubspace, config: LowRankConfig, basis: jax.Array) -> Pr
         value=jnp.zeros(leaf.plan.view.low_rank_shape(leaf.plan.rank), config.state_dtype),
         basis=basis,
         moved=jnp.zeros(leaf.plan.batch_shape, jnp.float32),
+        uses=jnp.zeros(leaf.plan.batch_shape, jnp.float32),
+    )
+
+
+def gradient_of(cotangents: Probes) -> ProjectedGradient:
+    """What the optimizer gets.
+
+    Products that each found a basis of their own have no projected gradient in common: NaN, in a
+    basis that is NaN and therefore never taken over.
+    """
+    moved = cotangents.moved > 0
+    several = (moved & (cotangents.uses > 1))[..., None, None]
+    uses = jnp.maximum(cotangents.uses, 1)[..., None, None].astype(cotangents.basis.dtype)
+    return ProjectedGradient(
+        jnp.where(several, jnp.nan, cotangents.value),
+        jnp.where(several, jnp.nan, cotangents.basis / uses),
+        moved,
     )
 
 
@@ -66,8 +86,9 @@ def cotangents_of(
     Returns:
       Cotangents of the probes.
     """
-    axes = mapped.varying_axes(like, probes.basis)
-    everywhere = dataclasses.replace(config, axis_name=config.axis_name or axes or None)
+    everywhere = dataclasses.replace(
+        config, axis_name=_both(config.axis_name, mapped.varying_axes(like, probes.basis))
+    )
     (refreshed,) = subspace.refresh(everywhere, [leaf], [matrices])
     basis = jax.lax.cond(
         jnp.any(refreshed.moved),
@@ -78,4 +99,11 @@ def cotangents_of(
         value=mapped.sum_like(project(basis).astype(probes.value.dtype), probes.value),
         basis=basis,
         moved=refreshed.moved.astype(probes.moved.dtype),
+        uses=jnp.ones_like(probes.uses),
     )
+
+
+def _both(axis_name: mapped.AxisName, others: tuple[str, ...]) -> mapped.AxisName:
+    """The axes of either."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    return tuple(sorted({*names, *others})) or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from galore_jax import mapped, quant
 from galore_jax.backward.contraction import (
     Contraction,
+    check_sizes,
     einsum_contraction,
     matmul_contraction,
     projected_contraction,
@@ -103,6 +105,25 @@ class ProjectedWeight(OneLeaf):
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         return matmul(x, self)
 
+    def __getitem__(self, index: Any) -> ProjectedWeight:
+        """One entry along leading batch axes; an ellipsis for all of it."""
+        try:
+            return jax.tree.map(operator.itemgetter(index), self)
+        except IndexError as error:
+            raise IndexError(
+                f"leaf {self.plan.path!r} of shape {self.shape}: only leading batch axes of a "
+                "ProjectedWeight can be indexed."
+            ) from error
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols that are asked for
+            raise AttributeError(name)
+        raise AttributeError(
+            f"leaf {self.plan.path!r} is a ProjectedWeight, which has no {name!r}: multiply with "
+            "galore_jax.matmul, x @ w or galore_jax.backward.einsum, or ask for the array with "
+            "w.astype(dtype), whose gradient is formed."
+        )
+
     def _static(self, product: Contraction | None) -> _Static:
         return _Static(product, self.config, self.subspace.plan)
 
@@ -113,8 +134,8 @@ class ProjectedWeight(OneLeaf):
 
 def decoded(weight: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The array that a weight of any kind stands for."""
-    array = dequantize(weight) if isinstance(weight, QuantizedArray) else weight
-    return array.astype(dtype)
+    stored = isinstance(weight, QuantizedArray)
+    return (jax.lax.stop_gradient(dequantize(weight)) if stored else weight).astype(dtype)
 
 
 def matmul(x: jax.Array, w: Any) -> jax.Array:
@@ -139,7 +160,7 @@ def matmul(x: jax.Array, w: Any) -> jax.Array:
       (3, 2)
     """
     if isinstance(w, ProjectedWeight):
-        return _projected(matmul_contraction(jnp.ndim(x), w.ndim), x, w)
+        return product(matmul_contraction(jnp.ndim(x), w.ndim), x, w)
     return quant.matmul(x, w)
 
 
@@ -165,13 +186,20 @@ def einsum(subscripts: str, x: jax.Array, w: Any) -> jax.Array:
       (2, 5, 4, 8)
     """
     if isinstance(w, ProjectedWeight):
-        return _projected(einsum_contraction(subscripts, jnp.ndim(x), w.ndim), x, w)
+        return product(einsum_contraction(subscripts, jnp.ndim(x), w.ndim), x, w)
     return jnp.einsum(subscripts, x, decoded(w, x.dtype))
 
 
-def _projected(product: Contraction, x: jax.Array, w: ProjectedWeight) -> jax.Array:
-    static = w._static(product)
-    projected_contraction(product, static.plan)  # raises here, not in the backward pass
+def product(contraction: Contraction, x: jax.Array, w: ProjectedWeight) -> jax.Array:
+    """Activations times a projected weight.
+
+    Raises:
+      ValueError: Axes of the leaf that are not those of the product, here rather than in the
+        backward pass.
+    """
+    static = w._static(contraction)
+    projected_contraction(contraction, static.plan)
+    check_sizes(contraction, x.shape, static.plan)
     return _product(static, x, w.weight, w.probes, w._leaf)
 
 

@@ -2,7 +2,7 @@
 
 from galore_jax.quant.array import QuantizedArray, dequantize, quantize
 from galore_jax.quant.differentiate import DifferentiableWeight, matmul, value_and_grad
-from galore_jax.quant.params import dequantize_params, quantize_params
+from galore_jax.quant.params import dequantize_params, params_sharding, quantize_params
 from galore_jax.quant.power import PowerArray
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "dequantize",
     "dequantize_params",
     "matmul",
+    "params_sharding",
     "quantize",
     "quantize_params",
     "value_and_grad",

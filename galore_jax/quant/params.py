@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.meshes import compiler_chooses
 from galore_jax.quant.array import QuantizedArray, check_format, dequantize, quantize
 from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths, rebox
+from galore_jax.views.shardings import sharded_parts, shardings_per_leaf
 from galore_jax.views.targets import Targets, check_targets, is_target
 
 
@@ -57,7 +61,7 @@ def quantize_params(
                 f"leaf {name!r} has dtype {leaf.dtype}: only real floating arrays are quantized. "
                 "Leave it out of `targets`."
             )
-        return quantize(dequantize(leaf), bits=bits, block=block)
+        return _quantize_in_place(dequantize(leaf), bits, block)
 
     leaves, _ = flatten_leaves(params)
     return rebox(params, list(map(quantize_leaf, leaf_paths(params), leaves)))
@@ -83,3 +87,55 @@ def dequantize_params(params: Any) -> Any:
       (64, 256)
     """
     return jax.tree.map(dequantize, params, is_leaf=lambda node: isinstance(node, QuantizedArray))
+
+
+def params_sharding(params: Any, params_sharding: Any) -> Any:
+    """How each array of a tree with quantized leaves is sharded.
+
+    The parts of a `QuantizedArray` are sharded like the array it stands for. An axis of a part
+    that the mesh does not divide (there are fewer blocks than entries) is replicated.
+
+    Args:
+      params: Parameters or their `ShapeDtypeStruct`s, some of them `QuantizedArray`s.
+      params_sharding: Tree like `params` with a `NamedSharding` for each leaf, all on one mesh.
+
+    Returns:
+      A tree like `params` with a `NamedSharding` for each array; other leaves keep theirs. Give it
+      to `jax.jit` as ``in_shardings`` or ``out_shardings``, or to `jax.device_put`.
+
+    Raises:
+      ValueError: The trees do not match, or a mesh axis does not divide a leaf.
+      TypeError: A sharding is not a `NamedSharding`.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, galore_jax as gj
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> params, specs = {"up": jnp.ones((64, 256))}, {"up": NamedSharding(mesh, P("fsdp"))}
+      >>> quantize = functools.partial(gj.quant.quantize_params, bits=4)
+      >>> shardings = gj.quant.params_sharding(jax.eval_shape(quantize, params), specs)
+      >>> quantized = jax.jit(quantize, out_shardings=shardings)(params)
+      >>> quantized["up"].codes.sharding.spec
+      P('fsdp',)
+    """
+    shardings = shardings_per_leaf(params, params_sharding)
+    leaves, _ = flatten_leaves(params)
+    return rebox(
+        params,
+        [
+            sharded_parts(leaf, sharding) if isinstance(leaf, QuantizedArray) else sharding
+            for leaf, sharding in zip(leaves, shardings, strict=True)
+        ],
+    )
+
+
+def _quantize_in_place(x: jax.Array, bits: int, block: int) -> QuantizedArray:
+    """Codes where the entries are: on an explicit mesh, too, where blocks may span devices."""
+    to_codes = _to_codes(bits, block)
+    parts = sharded_parts(jax.eval_shape(to_codes, abstract(x)), jax.typeof(x).sharding)
+    return compiler_chooses(to_codes, x, like=parts)
+
+
+@functools.cache
+def _to_codes(bits: int, block: int) -> Callable[[jax.Array], QuantizedArray]:
+    return functools.partial(quantize, bits=bits, block=block)

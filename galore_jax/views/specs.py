@@ -26,8 +26,7 @@ def low_rank_spec(view: MatrixView, spec: PartitionSpec, *, spread: bool) -> Par
     """
     kept = flattened(view.kept, spec)
     if spread:
-        names = axis_names(kept) + axis_names(flattened(view.projected, spec))
-        kept = names if len(names) > 1 else next(iter(names), None)
+        kept = _entry(axis_names(kept) + axis_names(flattened(view.projected, spec)))
     return PartitionSpec(*_batch(view, spec), kept, None)
 
 
@@ -45,6 +44,11 @@ def entry_of(spec: PartitionSpec, axis: int) -> Entry:
     return spec[axis] if axis < len(spec) else None
 
 
+def full_spec(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    """The spec with an entry for every axis."""
+    return PartitionSpec(*(entry_of(spec, axis) for axis in range(ndim)))
+
+
 def axis_names(entry: Entry) -> tuple[str, ...]:
     """Mesh axes of an entry."""
     if entry is None:
@@ -55,17 +59,29 @@ def axis_names(entry: Entry) -> tuple[str, ...]:
 def that_divides(
     spec: PartitionSpec, shape: tuple[int, ...], mesh_shape: dict[str, int]
 ) -> PartitionSpec:
-    """The spec with the entries dropped that do not divide their axis."""
+    """The spec with each entry cut to the leading mesh axes that divide the array's axis."""
     return PartitionSpec(
         *(
-            entry if size % math.prod(mesh_shape[n] for n in axis_names(entry)) == 0 else None
-            for size, entry in zip(shape, _padded(spec, len(shape)), strict=True)
+            _cut(entry, size, mesh_shape)
+            for size, entry in zip(shape, spec, strict=False)  # specs may be shorter
         )
     )
 
 
-def _padded(spec: PartitionSpec, ndim: int) -> list[Entry]:
-    return [entry_of(spec, axis) for axis in range(ndim)]
+def shards(entry: Entry, mesh_shape: dict[str, int]) -> int:
+    """Number of pieces that an entry cuts an axis into."""
+    return math.prod(mesh_shape[name] for name in axis_names(entry))
+
+
+def _cut(entry: Entry, size: int, mesh_shape: dict[str, int]) -> Entry:
+    names = axis_names(entry)
+    while size % shards(names, mesh_shape):
+        names = names[:-1]
+    return entry if names == axis_names(entry) else _entry(names)
+
+
+def _entry(names: tuple[str, ...]) -> Entry:
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def _batch(view: MatrixView, spec: PartitionSpec) -> list[Entry]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import conformance_cases as cc
 import flax.linen as nn
@@ -13,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
+from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
 
@@ -199,6 +202,188 @@ def test_linen_updates_keep_their_boxes():
     update, _ = tx.update(params, tx.init(params))
     assert jax.tree.structure(update) == jax.tree.structure(params)
     assert update["down"]["kernel"].names == (None, "model")
+
+
+WIDE = jnp.asarray(np.random.default_rng(1).normal(size=(16, 8)), jnp.float32)
+RULES = (("embed", "data"), ("mlp", "model"), ("layers", None))
+STEPS = 5
+
+
+def eight_devices(kind):
+    return jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2
+    )
+
+
+def wide_loss(model):
+    return jnp.mean((model(WIDE) - jnp.sin(WIDE)) ** 2)
+
+
+def in_shards(tx, shardings):
+    """For who calls `init` himself: `nnx.Optimizer`, `TrainState.create`."""
+    return tx._replace(init=lambda params: gj.init_sharded(tx, params, shardings))
+
+
+class LogicalNetwork(nnx.Module):
+    """Kernels with logical axes; `whole` is how their products are to be sharded, if they say."""
+
+    def __init__(self, rngs, whole=None):
+        init = nnx.initializers.lecun_normal()
+
+        def linear(rngs, n_in, n_out, axes):
+            return nnx.Linear(n_in, n_out, kernel_init=nnx.with_partitioning(init, axes), rngs=rngs)
+
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs):
+            return linear(rngs, 16, 16, ("mlp", "embed"))
+
+        self.whole = whole
+        self.up = linear(rngs, 8, 16, ("embed", "mlp"))
+        self.layers = stack(rngs)
+        self.down = linear(rngs, 16, 8, ("mlp", "embed"))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def through(x, layer):
+            return jnp.tanh(layer(x, out_sharding=self.whole))
+
+        x = through(self.up(x, out_sharding=self.whole), self.layers)
+        return self.down(x, out_sharding=self.whole)
+
+
+def train_nnx(model, tx):
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(wide_loss)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(STEPS)]
+    return losses, jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param))), optimizer
+
+
+def assert_close(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+LENS = {"rank": 3, "update_proj_gap": 2, "axes": {"layers": gj.MatrixAxes()}}
+SHARDED = [
+    ("Auto", gj.galore_adamw(1e-2, **LENS, weight_decay=1e-3)),
+    ("Auto", gj.galore_adafactor(1e-2, **LENS)),
+    ("Explicit", gj.galore_adamw(1e-2, **LENS)),
+]
+
+
+@pytest.mark.parametrize("kind, tx", SHARDED, ids=["adamw", "adafactor", "explicit"])
+def test_nnx_on_a_mesh_by_logical_axes(kind, tx):
+    with nnx.use_eager_sharding(False):
+        losses, params, _ = train_nnx(LogicalNetwork(nnx.Rngs(0)), tx)
+    mesh = eight_devices(kind)
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+        model = LogicalNetwork(nnx.Rngs(0), whole=P() if kind == "Explicit" else None)
+        shardings = nnx.get_named_sharding(nnx.state(model, nnx.Param), mesh)
+        on_mesh = train_nnx(model, in_shards(tx, shardings))
+    assert losses[-1] < losses[0]
+    assert_close(on_mesh[:2], (losses, params))
+    bases = cc.projecting_lens(on_mesh[2].opt_state).projectors
+    up, layers = bases["up"]["kernel"][...], bases["layers"]["kernel"][...]
+    assert up.sharding.shard_shape(up.shape) == (2, 3)  # of (8, 3): its inputs are on "data"
+    assert layers.sharding.shard_shape(layers.shape) == (2, 8, 3)  # of (2, 16, 3), on "model"
+    kernel = model.up.kernel[...]
+    assert kernel.sharding.spec == P("data", "model")
+
+
+@pytest.mark.parametrize("spelling", ["boxed", "unboxed", "of the arrays", "abstract"])
+def test_shardings_of_nnx_parameters_in_every_spelling(spelling):
+    mesh, tx = eight_devices("Auto"), gj.galore_adamw(1e-2, **LENS)
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+        params = nnx.state(LogicalNetwork(nnx.Rngs(0)), nnx.Param)
+        abstract = nnx.state(nnx.eval_shape(lambda: LogicalNetwork(nnx.Rngs(0))), nnx.Param)
+        boxed = nnx.get_named_sharding(params, mesh)
+    expected = gj.state_sharding(tx, params, boxed)
+    given, shardings = {
+        "boxed": (params, boxed),
+        "unboxed": tuple(map(nnx.to_pure_dict, (params, boxed))),
+        "of the arrays": (params, jax.tree.map(lambda array: array.sharding, params)),
+        "abstract": (abstract, boxed),
+    }[spelling]
+    seen = gj.state_sharding(tx, given, shardings)
+    assert jax.tree.structure(seen) == jax.tree.structure(jax.eval_shape(tx.init, given))
+    for one, other, array in zip(
+        *map(jax.tree.leaves, (seen, expected, jax.eval_shape(tx.init, given))), strict=True
+    ):
+        assert one.is_equivalent_to(other, array.ndim)
+
+
+class LogicalLinen(nn.Module):
+    whole: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        up = nn.with_logical_partitioning(init, ("embed", "mlp"))
+        down = nn.with_partitioning(init, ("model", "data"))
+        dot = functools.partial(jax.lax.dot_general, out_sharding=self.whole)
+        x = jnp.tanh(nn.Dense(16, kernel_init=up, dot_general=dot, name="up")(x))
+        return nn.Dense(8, kernel_init=down, dot_general=dot, name="down")(x)
+
+
+def train_linen(model, params, tx):
+    state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    @jax.jit
+    def step(state):
+        def loss_fn(params):
+            return wide_loss(functools.partial(state.apply_fn, {"params": params}))
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return loss, state.apply_gradients(grads=grads)
+
+    losses = []
+    for _ in range(STEPS):
+        loss, state = step(state)
+        losses.append(float(loss))
+    return losses, jax.device_get(nn.unbox(state.params)), state
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("boxed", [True, False])
+def test_linen_train_state_on_a_mesh_by_logical_axes(kind, boxed):
+    model, tx = LogicalLinen(), gj.galore_adamw(1e-2, rank=3, update_proj_gap=2, weight_decay=1e-3)
+    params = model.init(jax.random.key(0), WIDE)["params"]
+    losses, expected, _ = train_linen(model, nn.unbox(params), tx)
+    mesh = eight_devices(kind)
+    # Rules for logical axes; a mesh axis is its own name.
+    rules = (*RULES, ("data", "data"), ("model", "model"))
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(params), mesh, rules)
+    params = jax.device_put(params if boxed else nn.unbox(params), shardings)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        model = LogicalLinen(whole=P() if kind == "Explicit" else None)
+        on_mesh = train_linen(model, params, in_shards(tx, shardings))
+    assert losses[-1] < losses[0]
+    assert_close(on_mesh[:2], (losses, expected))
+    state = on_mesh[2]
+    basis = cc.projecting_lens(state.opt_state).projectors["down"]["kernel"]
+    assert basis.sharding.shard_shape(basis.shape) == (2, 3)
+    assert isinstance(state.params["up"]["kernel"], nn.LogicallyPartitioned) == boxed
+    (kernel,) = jax.tree.leaves(state.params["up"]["kernel"])
+    assert kernel.sharding.spec == P("data", "model")
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.adamw(1e-3), gj.galore_sgd(1e-2, rank=3)], ids=["optax", "ours"]
+)
+def test_shardings_of_a_state_have_the_boxes_of_the_state(tx):
+    params = LogicalLinen().init(jax.random.key(0), WIDE)["params"]
+    mesh = eight_devices("Auto")
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(params), mesh, RULES)
+    for given in (params, nn.unbox(params)):
+        state = gj.state_sharding(tx, given, shardings)
+        assert jax.tree.structure(state) == jax.tree.structure(tx.init(given))
 
 
 @jax.tree_util.register_dataclass

@@ -1,12 +1,24 @@
 """Whole trees of weights, in codes and back."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
-from galore_jax.quant import QuantizedArray, dequantize, dequantize_params, quantize_params
+from galore_jax.quant import (
+    QuantizedArray,
+    dequantize,
+    dequantize_params,
+    params_sharding,
+    quantize,
+    quantize_params,
+)
 
 
 def normal(*shape, dtype=jnp.float32):
@@ -143,3 +155,100 @@ def test_other_leaves_are_left_alone_by_dequantize():
     restored = dequantize_params(tree)
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     assert restored["a"] is tree["a"] and restored["c"][1] is tree["c"][1]
+
+
+SHAPES = {"embed": (16, 8), "stack": (8, 16, 24), "up": (32, 48), "norm": (8,)}
+SPECS = {  # the mesh is 4x2
+    "none": {name: P() for name in SHAPES},
+    "first": {name: P("data") for name in SHAPES},
+    "last": {name: P(*(None,) * (len(shape) - 1), "model") for name, shape in SHAPES.items()},
+    "middle": {name: P(None, "data") if len(shape) > 2 else P() for name, shape in SHAPES.items()},
+    "two": {name: P("model", "data") if len(shape) > 1 else P() for name, shape in SHAPES.items()},
+    "together": {name: P(("data", "model")) for name in SHAPES},
+    "last, together": {
+        name: P(*(None,) * (len(shape) - 1), ("model", "data")) for name, shape in SHAPES.items()
+    },
+}
+
+
+def mesh_of(kind=AxisType.Auto):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def expected_spec(spec, part_shape, mesh):
+    """Axis by axis, the first of all, all but the last, ... none that divides."""
+    entries = []
+    for axis, entry in enumerate(spec):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        fewer = [names[:count] for count in range(len(names), -1, -1)]
+        sizes = [int(np.prod([mesh.shape[name] for name in some])) for some in fewer]
+        fits = next(f for f, size in zip(fewer, sizes, strict=True) if part_shape[axis] % size == 0)
+        entries.append(fits if len(fits) > 1 else fits[0] if fits else None)
+    return P(*entries)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("bits, block", [(8, 8), (4, 6), (8, 256)])
+def test_codes_are_made_in_shards(bits, block, kind):
+    """All specs in one program."""
+    mesh = mesh_of(kind)
+    per_leaf = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    params = {specs: {name: normal(*SHAPES[name]) for name in SHAPES} for specs in SPECS}
+    quantize_all = functools.partial(quantize_params, bits=bits, block=block)
+    abstract = jax.eval_shape(quantize_all, params)
+    shardings = params_sharding(abstract, per_leaf)
+    assert jax.tree.structure(shardings) == jax.tree.structure(abstract)
+    for specs, named in shardings.items():
+        assert all(named[name] is per_leaf[specs][name] for name in ("embed", "norm"))
+        for name in ("stack", "up"):
+            for part in ("codes", "scales", "zeros"):
+                shape = getattr(abstract[specs][name], part).shape
+                spec = expected_spec(SPECS[specs][name], shape, mesh)
+                assert getattr(named[name], part) == NamedSharding(mesh, spec), (specs, name, part)
+    make = jax.jit(quantize_all, out_shardings=shardings)
+    made, alone = make(jax.device_put(params, per_leaf)), jax.jit(quantize_all)(params)
+    for array, other, sharding in zip(*map(jax.tree.leaves, (made, alone, shardings)), strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+        np.testing.assert_array_equal(jax.device_get(array), other)
+    assert params_sharding(made, per_leaf) == shardings  # of arrays as of their shapes
+
+
+def test_blocks_along_the_axis_before_the_last():
+    mesh = mesh_of()
+    stored = {"w": quantize(normal(16, 24), bits=4, block=8, axis=-2)}  # codes (8, 24)
+    both = {"w": NamedSharding(mesh, P("data", "model"))}
+    parts = params_sharding(stored, both)["w"]
+    assert parts.codes.spec == P("data", "model")
+    assert parts.scales.spec == P(None, "model")  # two blocks for four shards
+    placed = jax.device_put(stored, {"w": parts})
+    np.testing.assert_array_equal(jax.device_get(dequantize(placed["w"])), dequantize(stored["w"]))
+
+
+def test_shardings_of_parts_serve_as_those_of_leaves():
+    """What comes out can go in again, and into `state_sharding`."""
+    mesh = mesh_of()
+    params = quantize_params({name: normal(*shape) for name, shape in SHAPES.items()}, block=8)
+    per_leaf = {name: NamedSharding(mesh, spec) for name, spec in SPECS["two"].items()}
+    shardings = params_sharding(params, per_leaf)
+    assert params_sharding(params, shardings) == shardings
+    tx = gj.galore_sgd(1e-2, 4, axes=gj.MatrixAxes())
+    assert gj.state_sharding(tx, params, shardings) == gj.state_sharding(tx, params, per_leaf)
+
+
+def test_shardings_keep_boxes_and_the_memory_they_name():
+    host = NamedSharding(mesh_of(), P("data"), memory_kind="pinned_host")
+    boxed = {"w": nn.Partitioned(quantize(normal(16, 24), block=8), ("data", None))}
+    parts = params_sharding(boxed, {"w": host})
+    assert jax.tree.structure(parts) == jax.tree.structure(boxed)
+    assert {part.memory_kind for part in jax.tree.leaves(parts)} == {"pinned_host"}
+
+
+def test_a_leaf_in_codes_that_the_mesh_does_not_divide():
+    mesh = mesh_of()
+    params = {"w": quantize(normal(16, 22))}
+    with pytest.raises(ValueError, match=r"'w' of shape \(16, 22\): axis 1 has 22.*'data'.*4"):
+        params_sharding(params, {"w": NamedSharding(mesh, P(None, "data"))})
+    with pytest.raises(TypeError, match=r"'w'.*PartitionSpec|'w'.*P\("):
+        params_sharding(params, {"w": P("data")})
+    with pytest.raises(ValueError, match=r"no sharding for 'w'; no parameter for 'v'"):
+        params_sharding(params, {"v": NamedSharding(mesh, P())})

@@ -1,0 +1,129 @@
+"""The shardings that a user gives, one for each leaf, and those of the parts of a leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from galore_jax.views.leaves import (
+    abstract,
+    flatten_leaves,
+    is_leaf,
+    is_one_leaf,
+    leaf_paths,
+    unboxed,
+)
+from galore_jax.views.specs import axis_names, entry_of, shards, that_divides
+
+
+def shardings_per_leaf(params: Any, params_sharding: Any) -> list[NamedSharding]:
+    """The sharding of every leaf, in flattening order.
+
+    Args:
+      params: Parameters or their `ShapeDtypeStruct`s.
+      params_sharding: Tree like `params`, with or without its boxes, with a `NamedSharding` for
+        each leaf; a stored leaf may have one for each of its parts.
+
+    Returns:
+      One `NamedSharding` per leaf, all on one mesh.
+
+    Raises:
+      ValueError: The trees do not match, a sharding does not fit its leaf, or there are two meshes.
+      TypeError: A sharding is not a `NamedSharding`.
+    """
+    leaves, treedef = flatten_leaves(params)
+    paths = leaf_paths(params)
+    try:
+        nodes = treedef.flatten_up_to(params_sharding)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"`params_sharding` does not match the parameters: {_mismatch(params, params_sharding)}"
+            ". It needs a NamedSharding in the place of every leaf."
+        ) from None
+    shardings = [_lone(path, node) for path, node in zip(paths, nodes, strict=True)]
+    for path, leaf, sharding in zip(paths, leaves, shardings, strict=True):
+        _check_fits(path, abstract(leaf).shape, sharding)
+        _check_same_mesh(path, sharding, paths[0], shardings[0])
+    return shardings
+
+
+def sharded_parts(leaf: Any, sharding: NamedSharding) -> Any:
+    """`leaf` with a sharding in the place of each of its arrays: all have its axes.
+
+    Some are shorter along an axis (scales of blocks, two codes in a byte) and are replicated along
+    it if the mesh does not divide it.
+    """
+    return jax.tree.map(lambda part: sharding_that_divides(sharding, part.shape), leaf)
+
+
+def sharding_that_divides(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding over those mesh axes that divide the axes of an array."""
+    mesh = sharding.mesh
+    spec = that_divides(sharding.spec, shape, dict(mesh.shape))
+    return NamedSharding(mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def _lone(path: str, node: Any) -> NamedSharding:
+    """The one sharding in the place of a leaf."""
+    found = unboxed(node)
+    if is_one_leaf(found):
+        found = next(iter(jax.tree.leaves(found)), None)  # codes come first and have all axes
+    if isinstance(found, NamedSharding):
+        return found
+    remedy = (
+        "Say on which mesh: NamedSharding(mesh, spec)"
+        if isinstance(found, PartitionSpec)
+        else "To replicate it, NamedSharding(mesh, PartitionSpec())"
+    )
+    raise TypeError(f"leaf {path!r}: expected a NamedSharding, got {found!r}. {remedy}.")
+
+
+def _mismatch(params: Any, params_sharding: Any) -> str:
+    ours = leaf_paths(params)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(params_sharding, is_leaf=is_leaf)
+    theirs = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in nodes]
+    missing = [path for path in ours if path not in theirs]
+    unknown = [path for path in theirs if path not in ours]
+    if missing or unknown:
+        parts = [("no sharding for", missing), ("no parameter for", unknown)]
+        return "; ".join(f"{what} {_named(paths)}" for what, paths in parts if paths)
+    return f"{type(params_sharding).__name__} in the place of {type(params).__name__}"
+
+
+def _named(paths: list[str]) -> str:
+    rest = len(paths) - 3
+    return ", ".join(map(repr, paths[:3])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_fits(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
+    spec, sizes = sharding.spec, dict(sharding.mesh.shape)
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"leaf {path!r} of shape {shape}: its spec {spec} has {len(spec)} entries for "
+            f"{len(shape)} axes. Give it one entry per axis, or fewer."
+        )
+    for axis, size in enumerate(shape):
+        entry = entry_of(spec, axis)
+        if entry is PartitionSpec.UNCONSTRAINED:
+            raise ValueError(
+                f"leaf {path!r} of shape {shape}: axis {axis} is UNCONSTRAINED, from which nothing "
+                "follows for the state. Name its mesh axes, or None."
+            )
+        if size % shards(entry, sizes):
+            raise ValueError(
+                f"leaf {path!r} of shape {shape}: axis {axis} has {size} entries, which the mesh "
+                f"axes {axis_names(entry)} ({shards(entry, sizes)} shards) do not divide. Shard "
+                "another axis, or none."
+            )
+
+
+def _check_same_mesh(
+    path: str, sharding: NamedSharding, first_path: str, first: NamedSharding
+) -> None:
+    if sharding.mesh != first.mesh:
+        raise ValueError(
+            f"leaf {path!r} is on {sharding.mesh}, but leaf {first_path!r} on {first.mesh}. All "
+            "parameters, and with them the state, live on one mesh."
+        )
