@@ -17,6 +17,7 @@ from galore_jax.sharding import init_sharded, state_sharding
 from galore_jax.transforms import (
     LowRankState,
     accumulate,
+    apply_if_finite,
     apply_updates,
     low_rank_projection,
     quantized_state,
@@ -34,6 +35,7 @@ __all__ = [
     "ProjectedGradient",
     "accumulate",
     "all_matrices",
+    "apply_if_finite",
     "apply_updates",
     "backward",
     "codecs",

@@ -13,6 +13,7 @@ TOP_LEVEL = {
     "ProjectedGradient",
     "accumulate",
     "all_matrices",
+    "apply_if_finite",
     "apply_updates",
     "backward",
     "codecs",

@@ -1,6 +1,7 @@
 """Gradient transformations."""
 
 from galore_jax.transforms.accumulate import accumulate
+from galore_jax.transforms.apply_if_finite import apply_if_finite
 from galore_jax.transforms.apply_updates import apply_updates
 from galore_jax.transforms.factored_rms import FactoredRmsState, scale_by_factored_rms
 from galore_jax.transforms.low_rank import low_rank_projection
@@ -13,6 +14,7 @@ __all__ = [
     "LowRankState",
     "RefreshState",
     "accumulate",
+    "apply_if_finite",
     "apply_updates",
     "low_rank_projection",
     "quantized_state",

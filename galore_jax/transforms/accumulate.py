@@ -28,11 +28,15 @@ def accumulate(
     projection: the buffers have the size of a moment, and none the size of a matrix. Between the
     ends of windows updates are zero.
 
-    Everything in `tx` runs once per window: schedules, decay, refresh gaps, and with `axis_name`
-    the reductions count windows. A basis that is due is computed from the first micro-batch of a
-    window and serves all of it. What stands in front of a lens in `tx` (a clip by global norm) sees
-    projected gradients; what returns its input on some steps (`optax.apply_if_finite`) goes around
-    `accumulate`. Without a lens in `tx` all buffers have full size.
+    Everything in `tx` runs once per window: schedules, decay and refresh gaps count windows. A
+    basis that is due is computed from the first micro-batch of a window and serves all of it. What
+    stands in front of a lens in `tx` (a clip by global norm) sees projected gradients; what returns
+    its input on some steps (`optax.apply_if_finite`, unlike ours) goes around `accumulate`. Without
+    a lens in `tx` all buffers have full size.
+
+    With `axis_name`, sums stay local and are reduced once per window; between its ends they differ
+    from device to device. Only `jax.shard_map` with ``check_vma``, when told that they do not
+    (``out_specs=P()``, a carry that does not vary), has every micro-batch reduced.
 
     Args:
       tx: The whole optimizer: lens, weight decay, learning rate.
@@ -158,8 +162,8 @@ def _check_wrappers(opt_state: optax.OptState) -> None:
         if isinstance(node, _OUTER) and find_lenses(node):
             raise ValueError(
                 f"there is a lens inside a wrapper with state {type(node).__name__}, which would "
-                "return projected gradients as updates. Wrap the whole instead: for example "
-                "optax.apply_if_finite(accumulate(tx, every), ...)."
+                "return projected gradients as updates. Use galore_jax.apply_if_finite, or "
+                "wrap the whole instead: optax.apply_if_finite(accumulate(tx, every), ...)."
             )
 
 
@@ -185,7 +189,7 @@ def _empty_sum(space: _Projected | None, leaf: Any) -> jax.Array:
 
 def _wide(dtype: Any) -> Any:
     """A running sum in 16 bits would lose what it adds."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _add(
@@ -231,6 +235,11 @@ def _take(
                 _Taken(gradient, axis_name=config.axis_name)
                 if entered.move is None
                 else _Taken(entered.value, entered.stored, entered.move.moved, config.axis_name)
+            )
+    for path, one in taken.items():
+        if isinstance(one.value, ProjectedGradient):
+            raise ValueError(
+                f"leaf {path!r} has a ProjectedGradient, but no lens sees it: pass the gradient."
             )
     return taken
 

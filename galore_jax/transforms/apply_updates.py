@@ -15,7 +15,11 @@ from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox, unboxed
 
 
 def apply_updates(
-    params: optax.Params, updates: optax.Updates, *, key: jax.Array | None
+    params: optax.Params,
+    updates: optax.Updates,
+    *,
+    key: jax.Array | None,
+    layer: jax.Array | int = 0,
 ) -> optax.Params:
     r"""`optax.apply_updates` that also writes INT8 and bf16 leaves, with stochastic rounding.
 
@@ -32,7 +36,9 @@ def apply_updates(
       params: Parameters; leaves may be `quant.QuantizedArray`s.
       updates: What the optimizer returned, in the logical shapes; None leaves a leaf as it is.
       key: A `jax.random` key, another one at every step; None rounds to nearest. The same key
-        gives the same bits, and a slice of stacked layers is rounded as inside the stack.
+        gives the same bits.
+      layer: For slices ``[1, ...]`` of one layer out of a stack, the number of the layer: they are
+        rounded as inside the stack.
 
     Returns:
       The new parameters, stored as the old ones. Leaves that are neither quantized nor bf16 are
@@ -54,21 +60,23 @@ def apply_updates(
     leaves, treedef = flatten_leaves(params)
     changes = treedef.flatten_up_to(unboxed(updates))
     new = [
-        _apply(path, leaf, change, key)
+        _apply(path, leaf, change, key, layer)
         for path, leaf, change in zip(leaf_paths(params), leaves, changes, strict=True)
     ]
     return rebox(params, new)
 
 
-def _apply(path: str, param: Any, update: Any, key: jax.Array | None) -> Any:
+def _apply(
+    path: str, param: Any, update: Any, key: jax.Array | None, layer: jax.Array | int
+) -> Any:
     if update is None or isinstance(update, optax.MaskedNode):
         return param
     if isinstance(param, QuantizedArray):
         _check_shape(path, param, update)
-        noise = None if key is None else rounding_noise(leaf_key(key, path), param.shape)
+        noise = None if key is None else rounding_noise(leaf_key(key, path), param.shape, layer)
         return add(param, update, noise)
     if key is not None and jnp.result_type(param) == jnp.bfloat16:
-        noise = rounding_noise(leaf_key(key, path), jnp.shape(param))
+        noise = rounding_noise(leaf_key(key, path), jnp.shape(param), layer)
         total = jnp.asarray(param).astype(jnp.float32) + update.astype(jnp.float32)
         return stochastic_bfloat16(total, noise)
     return optax.apply_updates(param, update)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 
-from galore_jax.transforms.lenses import own_params
-from galore_jax.transforms.state import LowRankState
+from galore_jax.transforms.lenses import find_lenses, own_params
+from galore_jax.transforms.state import AccumulateState, LowRankState
 from galore_jax.views import leaf_plan
 from galore_jax.views.leaves import abstract, flatten_leaves, is_one_leaf, leaf_paths
 from galore_jax.views.specs import basis_spec, entry_of, low_rank_spec
@@ -40,6 +40,16 @@ class _Like:
     spec: PartitionSpec
 
 
+_SCALAR = _Like((), PartitionSpec())
+
+
+class _LensLikes(NamedTuple):
+    """What a lens keeps of one leaf."""
+
+    basis: _Like
+    low_rank: _Like
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tree:
     """A structure to look for in a state, and what its leaves are like."""
@@ -59,6 +69,8 @@ class _Walk:
         """Specs of any part of a state."""
         if isinstance(node, LowRankState):
             return self.lens(node, tree)
+        if isinstance(node, AccumulateState):
+            return self.window(node, tree)
         leaves = _leaves_like(node, tree)
         if leaves is not None:
             return tree.treedef.unflatten(map(_leaf, leaves, tree.leaves))
@@ -69,30 +81,57 @@ class _Walk:
 
     def lens(self, lens: LowRankState, tree: _Tree) -> LowRankState:
         """A lens: bases and low-rank moments have specs of their own."""
-        own, treedef = flatten_leaves(own_params(lens, self.params))
-        plans = leaf_plan(lens.config, treedef.unflatten(own))
-        given = dict(zip(leaf_paths(self.params), tree.leaves, strict=True))
-        bases, low_rank = [], []
-        for plan in plans:
-            spec = given[plan.path].spec
-            if plan.view is None:
-                bases.append(_Like((), PartitionSpec()))
-                low_rank.append(_Like(plan.shape, spec))
-                continue
-            bases.append(_Like(plan.view.basis_shape(plan.rank), basis_spec(plan.view, spec)))
-            low_rank.append(
-                _Like(
-                    plan.view.low_rank_shape(plan.rank),
-                    low_rank_spec(plan.view, spec, spread=self.spread),
-                )
-            )
+        _, treedef = flatten_leaves(own_params(lens, self.params))
+        likes = list(self.likes(lens, tree).values())
         replicated: Any = PartitionSpec()
         return lens._replace(
             count=replicated,
-            projectors=self.node(lens.projectors, _Tree(treedef, bases)),
+            projectors=self.node(lens.projectors, _Tree(treedef, [like.basis for like in likes])),
             refresh_state=jax.tree.map(lambda _: replicated, lens.refresh_state),
-            inner_state=self.node(lens.inner_state, _Tree(treedef, low_rank)),
+            inner_state=self.node(
+                lens.inner_state, _Tree(treedef, [like.low_rank for like in likes])
+            ),
         )
+
+    def window(self, window: AccumulateState, tree: _Tree) -> AccumulateState:
+        """Sums are like low-rank moments, or like parameters that no lens projects."""
+        paths = leaf_paths(self.params)
+        known = {
+            path: _LensLikes(_SCALAR, like) for path, like in zip(paths, tree.leaves, strict=True)
+        }
+        for lens in find_lenses(window.opt_state):
+            known |= self.likes(lens, tree)
+        likes = [known[path] for path in paths]
+        replicated: Any = PartitionSpec()
+        return window._replace(
+            mini_step=replicated,
+            sums=self.node(window.sums, _Tree(tree.treedef, [like.low_rank for like in likes])),
+            projectors=self.node(
+                window.projectors, _Tree(tree.treedef, [like.basis for like in likes])
+            ),
+            moved=jax.tree.map(lambda _: replicated, window.moved),
+            opt_state=self.node(window.opt_state, tree),
+        )
+
+    def likes(self, lens: LowRankState, tree: _Tree) -> dict[str, _LensLikes]:
+        """What a lens keeps of every leaf that it sees, by path."""
+        own, treedef = flatten_leaves(own_params(lens, self.params))
+        given = dict(zip(leaf_paths(self.params), tree.leaves, strict=True))
+        found = {}
+        for plan in leaf_plan(lens.config, treedef.unflatten(own)):
+            spec, view = given[plan.path].spec, plan.view
+            found[plan.path] = (
+                _LensLikes(_SCALAR, _Like(plan.shape, spec))
+                if view is None
+                else _LensLikes(
+                    _Like(view.basis_shape(plan.rank), basis_spec(view, spec)),
+                    _Like(
+                        view.low_rank_shape(plan.rank),
+                        low_rank_spec(view, spec, spread=self.spread),
+                    ),
+                )
+            )
+        return found
 
 
 def _leaf(node: Any, like: _Like) -> Any:

@@ -126,7 +126,12 @@ class MatrixView:
             # Pᵀ·G, and only its small result transposed: contracting the leading axis of G as a
             # left operand takes up to 1.7 times longer on CPU. The barrier keeps XLA from folding
             # the transposition back into the product.
-            low_rank = product(f"{batch}{projected}Z,{full}->{batch}Z{kept}", factor, leaf)
+            if self.batch + self.projected + self.kept == tuple(range(leaf.ndim)):
+                # As matrices: the CPU backend has no 16-bit product over several axes.
+                leaf = self.transposed.to_matrices(leaf)
+                low_rank = product("...pZ,...pk->...Zk", basis.astype(leaf.dtype), leaf)
+            else:
+                low_rank = product(f"{batch}{projected}Z,{full}->{batch}Z{kept}", factor, leaf)
             low_rank = jnp.moveaxis(jax.lax.optimization_barrier(low_rank), len(batch), -1)
         else:
             low_rank = product(f"{full},{batch}{projected}Z->{batch}{kept}Z", leaf, factor)
