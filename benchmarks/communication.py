@@ -47,9 +47,7 @@ def row(name: str, size: BlockSize) -> dict[str, str | float]:
     }
 
 
-def compiled(
-    size: BlockSize, tx: optax.GradientTransformation, *, reduce_first: bool
-) -> str:
+def compiled(size: BlockSize, tx: optax.GradientTransformation, *, reduce_first: bool) -> str:
     """HLO of one update from gradients that are local to eight devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in size.shapes.items()}

@@ -67,7 +67,7 @@ def _gradients(steps: int) -> Iterator[dict[str, np.ndarray]]:
         updates, state = task.tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, gradients
 
-    batches = train.make_batches(task, None)
+    batches = task.training(None)
     for _ in range(steps):
         params, state, gradients = step(params, state, next(batches))
         yield {leaf: _pick(gradients, path) for leaf, path in LEAVES.items()}

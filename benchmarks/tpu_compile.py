@@ -50,7 +50,9 @@ def row(name: str, tx: optax.GradientTransformation, mesh: Mesh) -> dict[str, An
     """An update from gradients, and a training step with the projected backward pass."""
     sharding = {leaf: NamedSharding(mesh, spec) for leaf, spec in SPECS.items()}
     shapes = {"up": (LAYERS, WIDTH, OUTER), "down": (LAYERS, OUTER, WIDTH)}
-    params = {k: jax.ShapeDtypeStruct(shapes[k], jnp.bfloat16, sharding=sharding[k]) for k in shapes}
+    params = {
+        k: jax.ShapeDtypeStruct(shapes[k], jnp.bfloat16, sharding=sharding[k]) for k in shapes
+    }
     placed = gj.state_sharding(tx, params, sharding)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

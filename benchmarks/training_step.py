@@ -66,10 +66,14 @@ def steps(name: str, options: argparse.Namespace) -> tuple[Any, Any, dict[str, A
         "GaLore, full gradient": (galore, lambda p, s, b: full(p, b)),
         "GaLore, projected backward": (galore, gj.projected_value_and_grad(loss_fn, galore)),
     }
-    return llama, (options.batch, options.seq_len), {
-        method: (tx, functools.partial(_step, tx, gradient))
-        for method, (tx, gradient) in methods.items()
-    }
+    return (
+        llama,
+        (options.batch, options.seq_len),
+        {
+            method: (tx, functools.partial(_step, tx, gradient))
+            for method, (tx, gradient) in methods.items()
+        },
+    )
 
 
 def _step(tx: Any, gradient: Any, params: Any, state: Any, batch: Any) -> Any:

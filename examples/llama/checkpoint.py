@@ -15,6 +15,11 @@ lets a failed background save end the training, and does not notice a flipped bi
 
 Leaves are stored in one flat dictionary by their path in the state. It depends on no class of any
 library, can be read by anyone, and lets an error name the leaf that does not fit.
+
+Of several processes each writes and reads the shards of its devices, in a file system that all of
+them see; everything else, from the digests to the renaming, is the business of process 0. It
+publishes when the shards of all are there, so a process that dies, whichever and whenever, leaves
+a finished checkpoint or none. What was saved on some devices can be restored on any others.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint.experimental import v1 as ocp
 
+from examples.llama import host
 from examples.llama.optimizers import path_name
 
 PARTIAL, DAMAGED = ".partial", ".damaged"
@@ -50,6 +56,8 @@ class _Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run: saved in the background, the newest `keep` of them kept.
 
+    All processes of the run call the methods that save and restore, at the same point.
+
     Args:
         directory: where they live; created if absent.
         keep: how many finished ones to keep.
@@ -62,8 +70,7 @@ class Checkpoints:
         self._warn = warn
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        host.from_leader(self._tidy)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -72,22 +79,25 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
         """Starts saving; returns when the state's buffers may be reused.
 
-        A failure is reported by `warn` when it is known (here, or in the next `save` or `wait`)
-        and costs this checkpoint only.
+        A failure is reported by `warn` in the next `save` or `wait`, and costs this checkpoint
+        only.
         """
         self.wait()
         leaves = _named_leaves(state)
         record = run | {"step": step, "leaves": {k: _signature(x) for k, x in leaves.items()}}
-        partial = self._path(step, PARTIAL)
         try:
             # Orbax refuses arrays without elements; they hold nothing that needs saving.
             response = ocp.save_checkpointables_async(
-                partial, {_ARRAYS: {k: x for k, x in leaves.items() if x.size}}, overwrite=True
+                self._path(step, PARTIAL),
+                {_ARRAYS: {k: x for k, x in leaves.items() if x.size}},
+                overwrite=True,
             )
         except Exception as error:
-            self._report_failed(step, error)
+            future: concurrent.futures.Future[None] = concurrent.futures.Future()
+            future.set_exception(error)
         else:
-            self._pending = step, self._worker.submit(self._finish, step, response, record)
+            future = self._worker.submit(self._finish, step, response, record)
+        self._pending = step, future
 
     def wait(self) -> bool:
         """Waits for the save under way; False (and a warning) if it failed."""
@@ -95,12 +105,9 @@ class Checkpoints:
             return True
         step, future = self._pending
         self._pending = None
-        try:
-            future.result()
-        except Exception as error:
-            self._report_failed(step, error)
-            return False
-        return True
+        # What the others made of it is told by whether process 0, which publishes, got their part.
+        error = future.exception()
+        return host.from_leader(lambda: self._succeeded(step, error))
 
     def restore(self, template: Any, identity: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """The newest intact checkpoint as (state, run record); None if none was ever finished.
@@ -113,19 +120,39 @@ class Checkpoints:
             CheckpointError: it belongs to a different run, or none of several is intact.
         """
         self.wait()
+        record = host.from_leader(lambda: self._newest_intact(template, identity))
+        if record is None:
+            return None
+        return _read_arrays(self._path(record["step"]), template), record
+
+    def close(self) -> None:
+        """Waits for this process's part of the last save, and for no other process."""
+        if self._pending:
+            step, future = self._pending
+            error = future.exception()
+            if host.leads():
+                self._succeeded(step, error)
+        self._worker.shutdown()
+
+    def _path(self, step: int, suffix: str = "") -> Path:
+        return self.directory / f"{step:08d}{suffix}"
+
+    def _newest_intact(self, template: Any, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """Its run record; damaged ones are moved out of the way."""
         steps = self.steps()
         for step in reversed(steps):
             try:
                 record = _read_record(self._path(step))
-                _check_identity(self._path(step), record["identity"], identity)
-                _check_leaves(self._path(step), record["leaves"], template)
-                return _read_arrays(self._path(step), template), record
             except _Damaged as damage:
                 damaged = self._set_aside(step)
                 self._warn(
                     f"the checkpoint of step {step} is damaged ({damage}); it was moved to "
                     f"{damaged} and an older one is tried"
                 )
+            else:
+                _check_identity(self._path(step), record["identity"], identity)
+                _check_leaves(self._path(step), record["leaves"], template)
+                return record
         if steps or any(self.directory.glob(f"*{DAMAGED}*")):
             raise CheckpointError(
                 f"none of the checkpoints in {self.directory} can be read. Restore one from a "
@@ -133,18 +160,14 @@ class Checkpoints:
             )
         return None
 
-    def close(self) -> bool:
-        """Waits for the last save; False if it failed."""
-        finished = self.wait()
-        self._worker.shutdown()
-        return finished
-
-    def _path(self, step: int, suffix: str = "") -> Path:
-        return self.directory / f"{step:08d}{suffix}"
-
     def _finish(self, step: int, response: Any, record: dict[str, Any]) -> None:
-        """The part in the background: complete, make durable, publish, drop the oldest."""
+        """The part in the background: when all have written their shards, one publishes them."""
         response.result()
+        if host.leads():
+            self._publish(step, record)
+
+    def _publish(self, step: int, record: dict[str, Any]) -> None:
+        """Completes, makes durable, gives the checkpoint its name, drops the oldest."""
         partial, final = self._path(step, PARTIAL), self._path(step)
         (partial / _RUN).write_text(json.dumps(record))
         digests = {str(file.relative_to(partial)): _digest(file) for file in _files(partial)}
@@ -158,7 +181,9 @@ class Checkpoints:
         for old in self.steps()[: -self.keep]:
             _remove(self._path(old))
 
-    def _report_failed(self, step: int, error: Exception) -> None:
+    def _succeeded(self, step: int, error: BaseException | None) -> bool:
+        if error is None:
+            return True
         # The half-written files go at once: on a full disk they are what keeps it full.
         self._sweep()
         steps = self.steps()
@@ -168,6 +193,11 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be saved in {self.directory} "
             f"({reason[:300]}); training goes on, {last}"
         )
+        return False
+
+    def _tidy(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
 
     def _sweep(self) -> None:
         """Deletes what is unfinished: ours, and what Orbax itself had under a name of its own."""
@@ -241,7 +271,7 @@ def _read_arrays(checkpoint: Path, template: Any) -> Any:
             f"{checkpoint} is intact but cannot be loaded: {type(error).__name__}: {error}"
         ) from error
     leaves = [
-        arrays[name] if name in arrays else jnp.zeros(leaf.shape, leaf.dtype)
+        arrays[name] if name in arrays else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
         for name, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -16,6 +16,7 @@ import tyro
 
 from examples.llama import optimizers
 from examples.llama.data import DataConfig
+from examples.llama.host import DeviceOptions
 from examples.llama.model import LlamaConfig
 from examples.llama.optimizers import FROM_PRESET, OptimizerOptions, default
 from examples.llama.presets import PRESETS
@@ -128,6 +129,7 @@ class TrainConfig:
     schedule: ScheduleOptions = ScheduleOptions()
     data: DataOptions = DataOptions()
     run: RunOptions = RunOptions()
+    devices: DeviceOptions = dataclasses.field(default=DeviceOptions())
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -189,7 +191,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     optimizer = optimizers.resolve(
         config.optimizer, rank=preset.rank, gap=preset.update_proj_gap, scale=preset.scale
     )
-    resolved = TrainConfig(model, optimizer, schedule, data, run)
+    resolved = TrainConfig(model, optimizer, schedule, data, run, config.devices)
     _check(resolved)
     return resolved
 
@@ -277,8 +279,9 @@ _FREE_OF_MODEL = ("preset", "dtype", "remat")
 
 
 def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """The configuration as plain JSON values, one object per group."""
+    """The configuration as plain JSON values, one object per group; but for where it runs."""
     groups = dataclasses.asdict(config)
+    del groups["devices"]
     groups["run"]["run_dir"] = config.run.run_dir and str(config.run.run_dir)
     return groups
 
@@ -293,6 +296,7 @@ def load(path: Path) -> TrainConfig:
             **{
                 field.name: type(field.default)(**groups[field.name])
                 for field in dataclasses.fields(TrainConfig)
+                if field.name != "devices"
             }
         )
     except (KeyError, TypeError) as error:

@@ -53,6 +53,7 @@ class LlamaConfig:
     param_dtype: Any = jnp.float32
     remat: bool = False  # recompute a layer's activations in the backward pass
     attention: str = "auto"  # or "xla", "cudnn"; see `attend`
+    activation_sharding: Any = None  # a `NamedSharding` of [B, S, D]; None: the compiler's choice
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -239,6 +240,13 @@ def _bind(module: type[nnx.Module], config: LlamaConfig, params: Mapping[str, An
     return nnx.merge(_graphdef(module, config), params)
 
 
+def _placed(config: LlamaConfig, x: jax.Array) -> jax.Array:
+    # Left alone, the compiler would rather spread the features of sharded weights than the rows.
+    if config.activation_sharding is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, config.activation_sharding)
+
+
 def init(config: LlamaConfig, key: jax.Array) -> dict[str, Any]:
     """Draws the parameters: arrays in ``config.param_dtype`` (paths in the module docstring)."""
     embed_key, blocks_key, head_key = jax.random.split(key, 3)
@@ -274,7 +282,7 @@ def embed(config: LlamaConfig, params: Mapping[str, Any], tokens: jax.Array) -> 
         raise ValueError(
             f"sequence length {tokens.shape[-1]} exceeds max_seq_len {config.max_seq_len}"
         )
-    return _bind(Embed, config, params["embed"])(tokens)
+    return _placed(config, _bind(Embed, config, params["embed"])(tokens))
 
 
 def block(config: LlamaConfig, layer_params: Mapping[str, Any], x: jax.Array) -> jax.Array:
@@ -285,7 +293,7 @@ def block(config: LlamaConfig, layer_params: Mapping[str, Any], x: jax.Array) ->
         layer_params: one layer's slice of ``params["blocks"]``, without the stacking axis.
         x: activations; the result is like them.
     """
-    return _bind(Block, config, layer_params)(x)
+    return _placed(config, _bind(Block, config, layer_params)(x))
 
 
 def head(config: LlamaConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:

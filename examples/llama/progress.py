@@ -76,6 +76,11 @@ class Display:
         )
 
 
+def show_error(console: rich.console.Console, text: str) -> None:
+    """The last line of a run that failed."""
+    console.print(f"ERROR: {text}", style="bold red", highlight=False, markup=False)
+
+
 def clock(seconds: float) -> str:
     """1:02:03, or 02:03 below an hour; a dash for what is not known."""
     if math.isnan(seconds):
@@ -168,6 +173,16 @@ class MetricsLog:
             self._events.close()
         except OSError as error:
             self._warn(f"{self._path.parent / 'tensorboard'} could not be finished: {error}")
+
+
+class NoLog:
+    """What a process writes whose numbers are written by another one."""
+
+    def write(self, rows: Sequence[Row]) -> None:
+        del rows
+
+    def close(self) -> None:
+        pass
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -47,11 +47,14 @@ def make_train_step(
     *,
     accumulation: int = 1,
     rounding_key: jax.Array | None = None,
+    state_sharding: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One jitted update; the state's buffers are reused for the new state.
 
     INT8 and bf16 weights are rounded stochastically with the random numbers of `rounding_key` and
     the step; to nearest without it.
+
+    With `state_sharding` the new state is where the old one was, and so its buffers serve again.
 
     `tx` is an `optax.apply_if_finite`: it skips the update when a gradient is not finite. A loss
     that is not finite although its gradient is poisons the gradient, so that it is skipped too.
@@ -75,7 +78,11 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    if state_sharding is None:
+        return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=(state_sharding, state_sharding.step)
+    )
 
 
 def accumulated_value_and_grad(
@@ -99,7 +106,8 @@ def accumulated_value_and_grad(
         )
         return totals, None
 
-    split = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    # Every k-th row: where rows are spread over devices, each has its part of every micro-batch.
+    split = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
     shapes = jax.eval_shape(gj.quant.dequantize_params, params)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros([]), shapes))
     (loss, grads), _ = jax.lax.scan(micro_pass, zeros, split)

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,22 @@ import optax
 import rich.console
 
 import galore_jax as gj
-from examples.llama import checkpoint, config, data, host, model, optimizers, progress, report, step
+from examples.llama import (
+    checkpoint,
+    config,
+    host,
+    mesh,
+    model,
+    optimizers,
+    progress,
+    report,
+    step,
+)
+from examples.llama.task import Task, make_task
 
 ROUNDING = 1  # folded into the seed's key
 FINISHED, FAILED, GAVE_UP = 0, 1, 3  # 2 is argparse's; a signal exits with 128 + its number
+REFUSALS = (ValueError, ImportError, OSError, checkpoint.CheckpointError, host.LeaderError)
 
 
 class GiveUpError(RuntimeError):
@@ -41,16 +53,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = config.parse(argv)
         settings = config.resolve(options)
+        host.connect(settings.devices)
+        check_alike(settings)
         with host.claimed(settings.run.run_dir, resume=settings.run.resume):
-            return train(options, settings, console)
+            status, reason = train(options, settings, console), None
     except GiveUpError as error:
         status, reason = GAVE_UP, str(error)
-    except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as error:
+    except REFUSALS as error:
         if os.environ.get("TRACEBACK"):
             raise
         status, reason = FAILED, f"{error}\n(set TRACEBACK=1 to see where it came from)"
-    console.print(f"ERROR: {reason}", style="bold red", highlight=False, markup=False)
+    if reason:
+        progress.show_error(console, f"{host.name()} {reason}".strip())
+    host.disconnect()
     return status
+
+
+def check_alike(settings: config.TrainConfig) -> None:
+    """Raises unless all processes were given the same options; else they would part unnoticed."""
+    own = {
+        f"--{name.replace('_', '-')}": value
+        for group in config.to_json(settings).values()
+        for name, value in group.items()
+        if name not in ("run_dir", "cache_dir", "paths")  # what a machine may call differently
+    } | {"--mesh": settings.devices.mesh}
+    leader = host.from_leader(lambda: own)
+    for flag, value in own.items():
+        if leader[flag] != value:
+            raise ValueError(
+                f"{flag} is {value!r} here and {leader[flag]!r} in process 0: start all processes "
+                f"with the same options"
+            )
 
 
 def train(
@@ -66,41 +99,34 @@ def train(
     Returns:
         The exit status.
     """
-    display = progress.Display(settings.schedule.steps, console)
+    display = progress.Display(
+        settings.schedule.steps, console if host.leads() else rich.console.Console(quiet=True)
+    )
     task = make_task(settings)
     run_dir = settings.run.run_dir
     display.note(f"corpus     {task.corpus.description}")
     display.note(f"model      {settings.model.preset}, {model.num_params(task.llama):,} parameters")
     display.note(f"optimizer  {optimizers.describe(settings.optimizer)}")
+    size = report.bytes_text(mesh.bytes_per_device(task.template))
+    display.note(f"devices    {task.devices}; {size} of training state on each")
     display.note(f"run        {run_dir}")
 
     checkpoints = checkpoint.Checkpoints(
         run_dir / "checkpoints", keep=settings.run.keep, warn=display.warn
     )
-    with contextlib.closing(checkpoints):
+    alike = (GiveUpError, checkpoint.CheckpointError, host.LeaderError)
+    failing = functools.partial(progress.show_error, console)
+    with contextlib.closing(checkpoints), host.ends_at_once(FAILED, failing, unless=alike):
         start = restore_or_init(task, checkpoints, display)
-        host.write_json(run_dir / "config.json", config.to_json(options))
-        log = progress.MetricsLog(run_dir, last_step=start.progress.step, warn=display.warn)
+        log = open_log(options, run_dir, start, display) if host.leads() else progress.NoLog()
         with contextlib.closing(log), display, host.StopSignal() as stop:
             end = fit(task, start, checkpoints, log, display, stop)
         saved = checkpoints.wait()
 
-        if stop.received:
-            return pause(stop, end, saved, display, run_dir)
-        finish(task, end, display)
+        if stop.agreed:
+            return pause(stop.agreed, end, saved, display, settings)
+        host.from_leader(lambda: finish(task, end, display))
         return FINISHED if saved else FAILED
-
-
-class Task(NamedTuple):
-    """What is trained on what, before anything is allocated."""
-
-    settings: config.TrainConfig
-    corpus: data.Corpus
-    llama: model.LlamaConfig
-    loss_fn: step.LossFn
-    schedule: optax.Schedule
-    tx: optax.GradientTransformationExtraArgs
-    new_state: Callable[[], step.TrainState]
 
 
 class Progress(NamedTuple):
@@ -130,40 +156,12 @@ class Position(NamedTuple):
     progress: Progress
 
 
-def make_task(settings: config.TrainConfig) -> Task:
-    """Puts corpus, model and optimizer together."""
-    corpus = data.prepare(config.data_config(settings))
-    llama = config.model_config(settings, corpus.vocab_size)
-    schedule = optimizers.make_schedule(
-        learning_rate=settings.schedule.learning_rate,
-        steps=settings.schedule.steps,
-        warmup=settings.schedule.warmup,
-    )
-    tx = optimizers.make_optimizer(
-        settings.optimizer, schedule, clip=settings.schedule.clip, seed=settings.run.seed
-    )
-
-    def new_state() -> step.TrainState:
-        params = model.init(llama, jax.random.key(settings.run.seed))
-        if settings.model.weights == "int8":
-            params = gj.quant.quantize_params(params)
-        return step.init_state(params, tx)
-
-    loss_fn = functools.partial(model.loss, llama)
-    return Task(settings, corpus, llama, loss_fn, schedule, tx, jax.jit(new_state))
-
-
 def restore_or_init(
     task: Task, checkpoints: checkpoint.Checkpoints, display: progress.Display
 ) -> Position:
     """The newest intact checkpoint, or the beginning."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(task.new_state),
-    )
     identity = config.identity(task.settings, task.corpus.fingerprint)
-    restored = checkpoints.restore(template, identity)
+    restored = checkpoints.restore(task.template, identity)
     if restored:
         state, record = restored
         display.note(f"resumed    at step {record['step']}")
@@ -173,11 +171,19 @@ def restore_or_init(
     return Position(task.new_state(), Progress())
 
 
+def open_log(
+    options: config.TrainConfig, run_dir: Path, start: Position, display: progress.Display
+) -> progress.MetricsLog:
+    """Records the options; what is logged from here on follows the start."""
+    host.write_json(run_dir / "config.json", config.to_json(options))
+    return progress.MetricsLog(run_dir, last_step=start.progress.step, warn=display.warn)
+
+
 def fit(
     task: Task,
     start: Position,
     checkpoints: checkpoint.Checkpoints,
-    log: progress.MetricsLog,
+    log: progress.MetricsLog | progress.NoLog,
     display: progress.Display,
     stop: host.StopSignal,
 ) -> Position:
@@ -195,9 +201,10 @@ def fit(
         task.schedule,
         accumulation=settings.data.accumulation,
         rounding_key=rounding_key if settings.schedule.rounding == "stochastic" else None,
+        state_sharding=task.state_sharding,
     )
     eval_step = step.make_eval_step(task.loss_fn)
-    batches = make_batches(task, start.progress.data)
+    batches = task.training(start.progress.data)
     tokens_per_step = settings.data.batch_size * settings.data.seq_len
     watch = progress.Stopwatch(
         tokens_per_step, start.progress.timed_tokens, start.progress.timed_seconds
@@ -214,7 +221,7 @@ def fit(
             jax.block_until_ready(metrics)  # compilation is over: from here on time counts
             watch.start(number)
 
-        stopping = stop.received is not None
+        stopping = stop.reached()
         evaluating = number == steps or number % settings.run.eval_every == 0
         saving = number == steps or number % settings.run.save_every == 0 or stopping
         showing = number % settings.run.log_every == 0
@@ -227,7 +234,7 @@ def fit(
                 display.update(rows[-1], seconds_left=left)
             check_finite(rows, settings.run)
         if evaluating:
-            loss = step.evaluate(eval_step, state.params, validation(task))
+            loss = step.evaluate(eval_step, state.params, task.validation())
             log.write([{"step": number, "tokens": done.tokens, "valid_loss": loss}])
             display.note(
                 f"step {number}/{steps}  validation loss {loss:.4f}  "
@@ -238,7 +245,7 @@ def fit(
                 elapsed=time.monotonic() - began,
                 timed_tokens=watch.tokens,
                 timed_seconds=watch.seconds,
-                data=batches.get_state(),
+                data=batches.position,
             )
             identity = config.identity(settings, task.corpus.fingerprint)
             checkpoints.save(number, state, {"identity": identity, "progress": done._asdict()})
@@ -250,7 +257,7 @@ def fit(
 
 
 def log_steps(
-    log: progress.MetricsLog,
+    log: progress.MetricsLog | progress.NoLog,
     steps: list[tuple[Progress, step.Metrics]],
     tokens_per_second: float,
 ) -> list[progress.Row]:
@@ -277,42 +284,24 @@ def check_finite(rows: list[progress.Row], run: config.RunOptions) -> None:
             )
 
 
-def make_batches(task: Task, position: Any) -> Iterator[step.Batch]:
-    """The training data from a saved position on."""
-    process_index, process_count = host.this_process()
-    batches = data.train_batches(
-        task.corpus,
-        seq_len=task.settings.data.seq_len,
-        batch_size=task.settings.data.batch_size,
-        seed=task.settings.run.seed,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    if position is not None:
-        batches.set_state(position)
-    return batches
-
-
-def validation(task: Task) -> Iterator[step.Batch]:
-    """The part of the validation data that is evaluated on, always the same."""
-    return data.valid_batches(
-        task.corpus,
-        seq_len=task.settings.data.seq_len,
-        batch_size=task.settings.data.batch_size,
-        max_batches=task.settings.run.eval_batches or None,
-    )
-
-
 def pause(
-    stop: host.StopSignal, end: Position, saved: bool, display: progress.Display, run_dir: Path
+    received: int,
+    end: Position,
+    saved: bool,
+    display: progress.Display,
+    settings: config.TrainConfig,
 ) -> int:
     """Says how to go on after a signal; returns the exit status."""
-    name = signal.Signals(stop.received).name
+    name = signal.Signals(received).name
     if not saved:
         display.warn(f"{name}: stopped at step {end.progress.step}, which could not be saved")
         return FAILED
-    display.note(f"{name}: saved step {end.progress.step}; go on with --run-dir {run_dir} --resume")
-    return 128 + stop.received
+    place = f" --mesh {settings.devices.mesh}" if settings.devices.mesh else ""
+    display.note(
+        f"{name}: saved step {end.progress.step}; go on with --run-dir {settings.run.run_dir} "
+        f"--resume{place}"
+    )
+    return 128 + received
 
 
 def finish(task: Task, end: Position, display: progress.Display) -> None:
@@ -337,6 +326,7 @@ def finish(task: Task, end: Position, display: progress.Display) -> None:
         "skipped_steps": end.state.opt_state.total_notfinite.item(),
         "tokens_per_second": end.progress.timed_tokens / max(end.progress.timed_seconds, 1e-9),
         "seconds": end.progress.elapsed,
+        "devices": task.devices,
         "config": config.to_json(settings),
     }
     report.plot_losses(

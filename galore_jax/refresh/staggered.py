@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from galore_jax.refresh.base import RefreshPolicy, check_gap
 
@@ -38,8 +39,15 @@ class staggered(RefreshPolicy):
     def decide(self, count, places, memory, moves):
         del moves
         phase = (count % self.gap).astype(jnp.uint32)
-        due = [
-            None if place is None else jax.lax.mulhi(place, jnp.full_like(place, self.gap)) == phase
-            for place in places
-        ]
+        due = [None if place is None else _high_word(place, self.gap) == phase for place in places]
         return due, memory
+
+
+def _high_word(x: jax.Array, factor: int) -> jax.Array:
+    """The upper 32 bits of the product of two 32-bit numbers, from 16-bit halves."""
+    # lax.mulhi is the same, but cannot be compiled for several devices (JAX 0.10.2).
+    half, mask = np.uint32(16), np.uint32(0xFFFF)
+    high, low = np.uint32(factor >> 16), np.uint32(factor & 0xFFFF)
+    middle = (x >> half) * low + ((x & mask) * low >> half)
+    rest = (x & mask) * high + (middle & mask)
+    return (x >> half) * high + (middle >> half) + (rest >> half)

@@ -169,11 +169,12 @@ def decide(
 def first_decision(config: LowRankConfig, treedef: Any, plans: list[LeafPlan]) -> RefreshState:
     """Every matrix is due at count 0."""
     places = places_of([plan.batch_shape if plan.is_projected else None for plan in plans])
-    nowhere = jnp.zeros((), jnp.uint32)
     return RefreshState(
         due=treedef.unflatten(jnp.full(plan.batch_shape, plan.is_projected) for plan in plans),
         refreshes=treedef.unflatten(jnp.zeros(plan.batch_shape, jnp.int32) for plan in plans),
-        places=treedef.unflatten(nowhere if place is None else place for place in places),
+        places=treedef.unflatten(
+            jnp.zeros((), jnp.uint32) if place is None else place for place in places
+        ),
         memory=config.refresh.init(treedef, places),
     )
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,18 @@ def rows(run_dir: Path) -> list[dict]:
 def arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     """Every leaf of the training state in a checkpoint."""
     path = run_dir / "checkpoints" / f"{step:08d}"
-    with warnings.catch_warnings():
-        # Without a template Orbax takes shapes and devices from the file, and says so.
-        warnings.filterwarnings("ignore", "Sharding info not provided")
-        loaded = ocp.load_checkpointables(path)["arrays"]
+    record = json.loads((path / "run.json").read_text())
+    template = {name: _abstract(signature) for name, signature in record["leaves"].items()}
+    stored = {name: leaf for name, leaf in template.items() if leaf.size}
+    loaded = ocp.load_checkpointables(path, {"arrays": stored})["arrays"]
     return {name: np.asarray(leaf) for name, leaf in loaded.items()}
+
+
+def _abstract(signature: str) -> jax.ShapeDtypeStruct:
+    """What `float32[2,3]` stands for, on one device whatever it was saved from."""
+    dtype, shape = signature.removesuffix("]").split("[")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct([int(n) for n in shape.split(",") if n], dtype, sharding=here)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """Batches of windows of a token file."""
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import ElasticIterator
 
 from examples.llama.data.tokens import Corpus, check_length
 
@@ -34,6 +35,51 @@ class Windows:
         return {"inputs": window[:-1], "targets": window[1:]}
 
 
+class TrainBatches:
+    """Endless batches of one share; the position counts windows, whoever read them.
+
+    Args:
+        windows: all of them, in order.
+        batch_size: windows per step over all shares.
+        index: of the share: a run of consecutive rows of every batch.
+        count: number of shares.
+    """
+
+    def __init__(self, windows: grain.MapDataset, batch_size: int, index: int, count: int):
+        self._windows, self._batch_size = windows, batch_size
+        self._index, self._count = index, count
+        self._position = 0
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._reader)
+        self._position += self._batch_size
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"global_next_index": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.close()
+        self._position = state["global_next_index"]
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        if reader := self.__dict__.pop("_reader", None):
+            reader.close()
+
+    @functools.cached_property
+    def _reader(self) -> Any:
+        rows = self._windows[self._position :].batch(
+            self._batch_size // self._count, drop_remainder=True
+        )
+        # Counted in batches. Windows come from a memory map: this stays ahead of a training step.
+        read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return iter(rows[self._index :: self._count].to_iter_dataset(read_options=read))
+
+
 def train_batches(
     corpus: Corpus,
     *,
@@ -42,7 +88,7 @@ def train_batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> TrainBatches:
     """Iterates over the training windows for ever, shuffled anew in each epoch.
 
     The order depends on ``seed`` alone. ``get_state()`` is a small JSON-able dictionary, equal on
@@ -54,7 +100,7 @@ def train_batches(
         seq_len: S.
         batch_size: sequences per step over all processes.
         seed: of the order.
-        process_index: which share of every batch to yield.
+        process_index: which share of every batch to yield: consecutive rows.
         process_count: number of shares.
 
     Returns:
@@ -66,10 +112,7 @@ def train_batches(
     _check_shares(batch_size, process_index, process_count)
     check_length(corpus, seq_len)
     windows = grain.MapDataset.source(Windows(corpus.train, seq_len)).seed(seed).shuffle().repeat()
-    shard = grain.sharding.ShardOptions(process_index, process_count)
-    # Counted in batches. Windows come from a memory map: this stays ahead of a training step.
-    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(ElasticIterator(windows, batch_size, shard, read_options=read))
+    return TrainBatches(windows, batch_size, process_index, process_count)
 
 
 def valid_batches(

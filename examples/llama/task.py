@@ -1,0 +1,104 @@
+"""What is trained on what, and where: a run before anything of it is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+
+import galore_jax as gj
+from examples.llama import config, data, feed, mesh, model, optimizers, step
+
+
+class Task(NamedTuple):
+    """A run before it starts.
+
+    Args:
+        settings: the options, without a None.
+        corpus: what is learned from.
+        llama: the model.
+        loss_fn: of parameters and a batch.
+        schedule: learning rate of a step.
+        tx: the optimizer.
+        devices: one line about them.
+        template: the training state as `jax.ShapeDtypeStruct`s, each with its place.
+        batch_sharding: the place of a batch.
+        new_state: makes the state at the beginning, every array in its place.
+    """
+
+    settings: config.TrainConfig
+    corpus: data.Corpus
+    llama: model.LlamaConfig
+    loss_fn: step.LossFn
+    schedule: optax.Schedule
+    tx: optax.GradientTransformationExtraArgs
+    devices: str
+    template: step.TrainState
+    batch_sharding: NamedSharding
+    new_state: Callable[[], step.TrainState]
+
+    @property
+    def state_sharding(self) -> step.TrainState:
+        """Where the arrays of the training state are."""
+        return jax.tree.map(lambda x: x.sharding, self.template)
+
+    def training(self, position: object) -> feed.Training:
+        """Training batches from a position on; None is the beginning."""
+        return feed.Training(self.settings, self.corpus, self.batch_sharding, position)
+
+    def validation(self) -> Iterator[step.Batch]:
+        """The batches that are evaluated on."""
+        return feed.validation(self.settings, self.corpus, self.batch_sharding)
+
+
+def make_task(settings: config.TrainConfig) -> Task:
+    """Puts corpus, model, optimizer and devices together.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    devices = mesh.make_mesh(settings.devices.mesh)
+    mesh.check_batch(devices, settings.data.batch_size, settings.data.accumulation)
+    corpus = data.prepare(config.data_config(settings))
+    batch_sharding = mesh.batch_sharding(devices)
+    llama = dataclasses.replace(
+        config.model_config(settings, corpus.vocab_size), activation_sharding=batch_sharding
+    )
+    schedule = optimizers.make_schedule(
+        learning_rate=settings.schedule.learning_rate,
+        steps=settings.schedule.steps,
+        warmup=settings.schedule.warmup,
+    )
+    tx = optimizers.make_optimizer(
+        settings.optimizer, schedule, clip=settings.schedule.clip, seed=settings.run.seed
+    )
+
+    def new_state() -> step.TrainState:
+        params = model.init(llama, jax.random.key(settings.run.seed))
+        if settings.model.weights == "int8":
+            params = gj.quant.quantize_params(params)
+        return step.init_state(params, tx)
+
+    abstract = jax.eval_shape(new_state)
+    sharding = mesh.state_sharding(devices, tx, abstract)
+    return Task(
+        settings,
+        corpus,
+        llama,
+        loss_fn=functools.partial(model.loss, llama),
+        schedule=schedule,
+        tx=tx,
+        devices=mesh.describe(devices),
+        template=jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            abstract,
+            sharding,
+        ),
+        batch_sharding=batch_sharding,
+        new_state=jax.jit(new_state, out_shardings=sharding),
+    )
