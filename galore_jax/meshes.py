@@ -34,15 +34,27 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     return _automatic(fn, mesh, tuple(specs), treedef, *args)
 
 
-def sharded_alike(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """An `update` for any mesh: updates come out sharded like gradients, the state like before."""
+def sharded_alike(
+    update: Callable[..., tuple[Any, Any]], like: Callable[[Any, Any], Any]
+) -> Callable[..., tuple[Any, Any]]:
+    """An `update` for any mesh: the state comes out sharded as it was.
+
+    Args:
+      update: Of a gradient transformation with extra arguments.
+      like: ``(gradients, params)`` -> arrays that the updates are sharded like.
+    """
 
     def with_extra_args(updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         return update(updates, state, params, **extra_args)
 
     def wrapped(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         return compiler_chooses(
-            with_extra_args, updates, state, params, extra_args, like=(updates, state)
+            with_extra_args,
+            updates,
+            state,
+            params,
+            extra_args,
+            like=(like(updates, params), state),
         )
 
     return wrapped

@@ -62,7 +62,15 @@ SEAMS = {
         "value_and_grad",
     },
     "codecs": {"cast", "identity", "int4", "int8"},
-    "backward": {"ProjectedWeight", "einsum", "matmul", "projected_value_and_grad", "pullback"},
+    "backward": {
+        "ProjectedWeight",
+        "dot_general",
+        "einsum",
+        "matmul",
+        "projected_value_and_grad",
+        "promote_dtype",
+        "pullback",
+    },
 }
 ALIASES = (
     gj.galore,

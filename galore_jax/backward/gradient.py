@@ -38,11 +38,20 @@ def projected_value_and_grad(
 
     The loss function gets `ProjectedWeight`s in the places of projected leaves: it multiplies with
     `galore_jax.matmul`, ``x @ w`` or `galore_jax.backward.einsum`, each of them in one product.
-    Scanned and rematerialised layers, INT8 weights, sharded arrays and `jax.shard_map` are fine.
+    Two products of one weight are fine until its basis is due; then each finds another one, and the
+    gradient is NaN (and the basis stays due): decode such a weight once, with ``w.astype(dtype)``.
+    Layers of Flax take `galore_jax.backward.dot_general` and `promote_dtype`. Scanned and
+    rematerialised layers, INT8 weights, sharded arrays and `jax.shard_map` are fine.
 
     Every call is one gradient: bases that are due are recomputed in it. To sum up micro-batches,
     put the optimizer into `galore_jax.accumulate`, which has one basis for each window, and call
-    this once for each micro-batch.
+    this once for each micro-batch. Sums of these gradients themselves (`optax.microbatching`) are
+    right on ordinary steps only.
+
+    What stands in front of a lens sees projected gradients: `optax.clip_by_global_norm` clips by
+    the norm of R. Wrappers that return or sum up their input (`optax.apply_if_finite`,
+    `optax.MultiSteps`) cannot have a lens inside; skip a step with `jax.lax.cond` around
+    ``tx.update``.
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs) -> scalar``, or ``(scalar, aux)``.
@@ -97,6 +106,16 @@ def pullback(
     Returns:
       The output, and a function from its cotangent to ``(grads, *cotangents of inputs)``, with a
       `ProjectedGradient` for every projected leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, galore_jax as gj
+      >>> params = {"w": jnp.ones((16, 8))}
+      >>> state = gj.galore_sgd(1e-2, rank=2).init(params)
+      >>> layer = lambda p, x: x @ p["w"]
+      >>> y, pull = gj.backward.pullback(layer, params, state, jnp.ones((4, 16)))
+      >>> grads, dx = pull(jnp.ones_like(y))
+      >>> grads["w"].value.shape, dx.shape
+      ((16, 2), (4, 16))
     """
     leaves = _Leaves(params, opt_state, layer)
     output, pull = jax.vjp(

@@ -19,6 +19,7 @@ from galore_jax.backward.contraction import (
     projected_contraction,
 )
 from galore_jax.backward.probes import Probes, cotangents_of
+from galore_jax.meshes import compiler_chooses
 from galore_jax.projectors import working_dtype
 from galore_jax.quant import QuantizedArray, dequantize
 from galore_jax.transforms import subspace
@@ -57,6 +58,15 @@ class ProjectedWeight(OneLeaf):
       key: ``uint32[*batch, 2]``.
       plan: Plan of the whole leaf.
       config: Of the lens.
+
+    Example:
+      >>> import jax.numpy as jnp, galore_jax as gj
+      >>> params = {"w": jnp.ones((16, 8))}
+      >>> tx, seen = gj.galore_sgd(1e-2, rank=2), []
+      >>> loss = lambda p, x: seen.append(p["w"]) or jnp.sum(x @ p["w"])
+      >>> _ = gj.projected_value_and_grad(loss, tx)(params, tx.init(params), jnp.ones((4, 16)))
+      >>> type(seen[0]).__name__, seen[0].shape
+      ('ProjectedWeight', (16, 8))
     """
 
     weight: Any
@@ -216,6 +226,14 @@ def _product_fwd(static: _Static, x: jax.Array, weight: Any, probes: Probes, lea
 
 
 def _product_bwd(static: _Static, residuals: Any, dy: jax.Array):
+    x, _, probes, _ = residuals
+    backward = functools.partial(_cotangents, static)
+    dx, cotangents = compiler_chooses(backward, residuals, dy, like=(x, probes))
+    return dx, None, cotangents, None
+
+
+def _cotangents(static: _Static, residuals: Any, dy: jax.Array) -> tuple[jax.Array, Probes]:
+    """Of the activations and of the probes."""
     x, weight, probes, leaf = residuals
     leaf = leaf._replace(plan=static.plan)
     how = projected_contraction(static.product, static.plan)
@@ -224,7 +242,7 @@ def _product_bwd(static: _Static, residuals: Any, dy: jax.Array):
     cotangents = cotangents_of(
         static.config, leaf, probes, matrices, lambda basis: how.project(x, dy, basis), like=(x, dy)
     )
-    return mapped.sum_like(dx, x), None, cotangents, None
+    return mapped.sum_like(dx, x), cotangents
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -241,19 +259,24 @@ def _array_fwd(static: _Static, weight: Any, probes: Probes, leaf: LeafSubspace)
 
 
 def _array_bwd(static: _Static, residuals: Any, gradient: jax.Array):
+    probes, _ = residuals
+    backward = functools.partial(_cotangents_of_array, static)
+    return None, compiler_chooses(backward, residuals, gradient, like=probes), None
+
+
+def _cotangents_of_array(static: _Static, residuals: Any, gradient: jax.Array) -> Probes:
+    """Of the probes."""
     probes, leaf = residuals
     plan = static.plan
     assert plan.view is not None
-    project = functools.partial(plan.view.project, gradient)
-    cotangents = cotangents_of(
+    return cotangents_of(
         static.config,
         leaf._replace(plan=plan),
         probes,
         subspace.dense_matrices(plan, gradient),
-        project,
+        functools.partial(plan.view.project, gradient),
         like=gradient,
     )
-    return None, cotangents, None
 
 
 _array.defvjp(_array_fwd, _array_bwd)

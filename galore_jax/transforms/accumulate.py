@@ -114,7 +114,7 @@ def accumulate(
             mini_step=jnp.where(last, 0, state.mini_step + 1), opt_state=opt_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, subspace.alike))
 
 
 class _Projected(NamedTuple):

@@ -176,4 +176,4 @@ def low_rank_projection(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, subspace.alike))

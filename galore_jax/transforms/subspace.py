@@ -24,7 +24,7 @@ from galore_jax.projectors import (
 )
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan, ProjectedGradient
-from galore_jax.views.leaves import abstract, flatten_leaves
+from galore_jax.views.leaves import abstract, flatten_leaves, rebox
 
 
 class Refreshed(NamedTuple):
@@ -245,33 +245,34 @@ def adopt(
     value = gradient.value.astype(config.state_dtype)
     finite = jnp.all(jnp.isfinite(basis), axis=(-2, -1))
     if gradient.moved is not None:
-        return _take_over(config, stored, basis, gradient.moved & finite, value)
+        moved = gradient.moved & finite
+        return _take_over(config, stored, gradient, basis, moved, value)
     old = decode(config, plan, stored)
     moved = finite & jnp.any(basis != old, axis=(-2, -1))
     return _turn(config, plan, stored, moved, value, old=old, new=basis)
 
 
-# How far squared norms of columns may be from one: 4-bit codes take a few hundredths.
-_UNIT = 0.2
-
-
 def _take_over(
-    config: LowRankConfig, stored: Any, basis: jax.Array, moved: jax.Array, value: jax.Array
+    config: LowRankConfig,
+    stored: Any,
+    gradient: ProjectedGradient,
+    basis: jax.Array,
+    moved: jax.Array,
+    value: jax.Array,
 ) -> tuple[Refreshed, jax.Array]:
     """New bases as they are. What was projected onto several at once becomes NaN.
 
-    That is a gradient summed up over two uses of a weight, or over micro-batches, each of which
-    found a basis of its own.
+    That is a gradient summed up over micro-batches, each of which found a basis of its own. Bases
+    that were there stay, and stay due.
     """
 
-    def take_over() -> tuple[Any, jax.Array]:
-        norms = jnp.sum(basis * basis, axis=-2)
-        several = moved & jnp.any(jnp.abs(norms - 1) > _UNIT, axis=-1)
+    def take_over() -> tuple[Refreshed, jax.Array]:
+        several = gradient.is_sum
+        usable = moved & ~several
         poisoned = jnp.where(several[..., None, None], jnp.nan, value)
-        return _where(moved & ~several, config.codec.encode(basis), stored), poisoned
+        return Refreshed(_where(usable, config.codec.encode(basis), stored), usable), poisoned
 
-    result, value = jax.lax.cond(jnp.any(moved), take_over, lambda: (stored, value))
-    return Refreshed(result, moved), value
+    return jax.lax.cond(jnp.any(moved), take_over, lambda: (Refreshed(stored, moved), value))
 
 
 def _turn(
@@ -308,6 +309,15 @@ def full_shapes(updates: optax.Updates, params: optax.Params | None) -> Any:
             )
         leaves, treedef = flatten_leaves(params)
     return treedef.unflatten(map(abstract, leaves))
+
+
+def alike(updates: optax.Updates, params: optax.Params | None) -> Any:
+    """Arrays that updates are to be sharded like: gradients, or parameters of projected ones."""
+    leaves, _ = flatten_leaves(updates)
+    if params is None or not any(isinstance(leaf, ProjectedGradient) for leaf in leaves):
+        return updates
+    own = [jax.tree.leaves(leaf)[0] for leaf in flatten_leaves(params)[0]]  # codes, of some
+    return rebox(updates, own)
 
 
 def _check_shapes(plan: LeafPlan, gradient: ProjectedGradient) -> None:

@@ -11,6 +11,12 @@ from galore_jax.views.leaves import OneLeaf
 
 # A power of two: scaling by it is exact.
 _TINY = 2.0**-60
+# Of squared norms; a hundred times what is lost in fp32.
+_ROUNDING = 1e-4
+
+
+def _squared_norm(basis: jax.Array) -> jax.Array:
+    return jnp.sum(basis * basis, axis=(-2, -1))
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -49,7 +55,9 @@ class ProjectedGradient(OneLeaf):
         self.value = value
         self._basis = basis * jnp.asarray(_TINY, dtype)
         self._unit = jnp.asarray(_TINY, dtype)
-        self._moved = None if moved is None else moved.astype(dtype) * jnp.asarray(_TINY, dtype)
+        # Of a basis that is new the squared norm travels along: a sum of several has another one.
+        squared = _squared_norm(basis) * jnp.asarray(_TINY, dtype)
+        self._moved = None if moved is None else jnp.where(moved, squared, jnp.zeros((), dtype))
 
     @property
     def basis(self) -> jax.Array:
@@ -60,6 +68,17 @@ class ProjectedGradient(OneLeaf):
     def moved(self) -> jax.Array | None:
         """``bool[*batch]``, or None if nobody said."""
         return None if self._moved is None else self._moved != 0
+
+    @property
+    def is_sum(self) -> jax.Array:
+        """``bool[*batch]``, whether a basis that is new is a mean of several.
+
+        That is what becomes of a sum of gradients over micro-batches that each found one.
+        """
+        assert self._moved is not None
+        squared = _squared_norm(self.basis)
+        alike = jnp.abs(squared - self._moved / self._unit) <= _ROUNDING * squared
+        return (self._moved != 0) & ~alike
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:
         fields = {
