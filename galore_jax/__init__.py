@@ -1,6 +1,16 @@
 """GaLore, Q-GaLore and GaLore 2 as composable Optax gradient transformations."""
 
-from galore_jax import backward, codecs, memory, projectors, quant, refresh, transport, views
+from galore_jax import (
+    backward,
+    codecs,
+    layerwise,
+    memory,
+    projectors,
+    quant,
+    refresh,
+    transport,
+    views,
+)
 from galore_jax.alias import (
     STATIC_ARGS,
     galore,
@@ -47,6 +57,7 @@ __all__ = [
     "galore_lion",
     "galore_sgd",
     "init_sharded",
+    "layerwise",
     "low_rank_projection",
     "matmul",
     "memory",

@@ -67,9 +67,7 @@ def fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
     return jnp.stack([word, _mix(word + key[1])])
 
 
-def rounding_noise(
-    key: jax.Array, shape: tuple[int, ...], layer: jax.Array | int = 0
-) -> jax.Array:
+def rounding_noise(key: jax.Array, shape: tuple[int, ...], layer: jax.Array | int = 0) -> jax.Array:
     """fp32 numbers in [0, 1), one per entry, for stochastic rounding.
 
     Entry i of a leading axis beyond the last two gets what ``fold_in(key, i)`` gives alone: a slice

@@ -66,7 +66,7 @@ def estimate(tx: optax.GradientTransformation, params: Any) -> Memory:
       weights         90.2 MB
       projectors       8.4 MB
       inner state     22.9 MB
-      refresh             5 B
+      refresh             9 B
       other state         4 B
       total          121.5 MB
     """

@@ -15,7 +15,7 @@ LAYERS = [
     {"quant"},
     {"projectors", "refresh", "transport", "codecs"},
     {"transforms"},
-    {"alias", "describe", "backward", "sharding", "memory", "metrics", "matmul", "accumulate"},
+    {"alias", "describe", "backward", "layerwise", "sharding", "memory"},
     {"__init__"},
 ]
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -25,6 +25,7 @@ TOP_LEVEL = {
     "galore_lion",
     "galore_sgd",
     "init_sharded",
+    "layerwise",
     "low_rank_projection",
     "matmul",
     "memory",
@@ -62,6 +63,7 @@ SEAMS = {
         "value_and_grad",
     },
     "codecs": {"cast", "identity", "int4", "int8"},
+    "layerwise": {"clip_by_previous_norm", "train_step"},
     "backward": {
         "ProjectedWeight",
         "dot_general",

@@ -79,6 +79,10 @@ class OptimizerOptions:
         default("identity; 8bit: bfloat16; q_galore: int4"),
     ] = None
     """What the projectors are stored in."""
+    backward: Annotated[
+        Literal["projected", "full"] | None, default("projected where the projector allows it")
+    ] = None
+    """Project gradients as they arise, or form them first."""
     matrix_lr_scale: Annotated[float | None, default("1")] = None
     """adamw and adamw8bit: factor on the block matrices' rate; 0.25 is GaLore's split."""
     b1: float = 0.9
@@ -100,6 +104,7 @@ _LENS_DEFAULTS = {
     "transport": "align",
     "codec": "identity",
 }
+_FORMS_GRADIENT = ("svd", "gram_eigh")
 _ADAPTIVE = {"refresh": "adaptive", "threshold": 0.6}
 _CODECS: dict[str, Callable[[], Any]] = {
     "identity": gj.codecs.identity,
@@ -112,15 +117,22 @@ _CODECS: dict[str, Callable[[], Any]] = {
 def resolve(options: OptimizerOptions, *, rank: int | float, gap: int, scale: float):
     """Fills what was left open; refuses what would have no effect."""
     lens = {"rank": rank, "gap": gap, "scale": scale}
+    exact = options.projector in _FORMS_GRADIENT
+    if exact and options.backward == "projected":
+        raise ValueError(
+            f"--backward projected: --projector {options.projector} needs the gradient itself. "
+            "Choose randomized_svd, subspace_iteration or random_orthonormal."
+        )
+    ours = _LENS_DEFAULTS | {"backward": "full" if exact else "projected"}
     if options.refresh == "adaptive":
         lens |= _ADAPTIVE
     defaults: dict[str, Any] = {
-        "galore_adamw": _LENS_DEFAULTS | lens | {"b2": 0.999},
-        "galore_adafactor": _LENS_DEFAULTS | lens,
-        "galore_lion": _LENS_DEFAULTS | lens | {"b2": 0.99},
-        "galore_sgd": _LENS_DEFAULTS | lens,
-        "galore_adamw8bit": _LENS_DEFAULTS | lens | {"b2": 0.999, "codec": "bfloat16"},
-        "q_galore_adamw8bit": _LENS_DEFAULTS
+        "galore_adamw": ours | lens | {"b2": 0.999},
+        "galore_adafactor": ours | lens,
+        "galore_lion": ours | lens | {"b2": 0.99},
+        "galore_sgd": ours | lens,
+        "galore_adamw8bit": ours | lens | {"b2": 0.999, "codec": "bfloat16"},
+        "q_galore_adamw8bit": ours
         | (_ADAPTIVE if options.refresh is None else {})
         | lens
         | {"b2": 0.999, "codec": "int4"},
@@ -173,7 +185,7 @@ def make_optimizer(
     The stateless links are always there (`identity` where they do nothing), so that switching
     one on or off does not change the layout of the state: such a run can be resumed.
     """
-    return optax.apply_if_finite(
+    return gj.apply_if_finite(
         optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
             _BUILDERS[options.optimizer](options, schedule, seed),

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 
 import galore_jax as gj
-from examples.llama import config, data, feed, mesh, model, optimizers, step
+from examples.llama import config, data, feed, gradients, mesh, model, optimizers, step
 
 
 class Task(NamedTuple):
@@ -34,7 +34,7 @@ class Task(NamedTuple):
     settings: config.TrainConfig
     corpus: data.Corpus
     llama: model.LlamaConfig
-    loss_fn: step.LossFn
+    loss_fn: gradients.LossFn
     schedule: optax.Schedule
     tx: optax.GradientTransformationExtraArgs
     devices: str
@@ -47,11 +47,21 @@ class Task(NamedTuple):
         """Where the arrays of the training state are."""
         return jax.tree.map(lambda x: x.sharding, self.template)
 
+    @property
+    def make_update(self) -> gradients.MakeUpdate:
+        """From a batch to an update."""
+        return gradients.update_maker(
+            self.loss_fn,
+            self.tx,
+            projected=self.settings.optimizer.backward == "projected",
+            micro_batches=self.settings.data.accumulation,
+        )
+
     def training(self, position: object) -> feed.Training:
         """Training batches from a position on; None is the beginning."""
         return feed.Training(self.settings, self.corpus, self.batch_sharding, position)
 
-    def validation(self) -> Iterator[step.Batch]:
+    def validation(self) -> Iterator[gradients.Batch]:
         """The batches that are evaluated on."""
         return feed.validation(self.settings, self.corpus, self.batch_sharding)
 

@@ -196,10 +196,8 @@ def fit(
     # Not the key that the parameters were drawn with.
     rounding_key = jax.random.fold_in(jax.random.key(settings.run.seed), ROUNDING)
     train_step = step.make_train_step(
-        task.loss_fn,
-        task.tx,
+        task.make_update,
         task.schedule,
-        accumulation=settings.data.accumulation,
         rounding_key=rounding_key if settings.schedule.rounding == "stochastic" else None,
         state_sharding=task.state_sharding,
     )

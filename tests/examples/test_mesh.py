@@ -79,10 +79,8 @@ def settings_of(corpus, **options):
 def train_steps(made, state, count):
     """A few steps without the rest of a run; the state and the losses."""
     train_step = step.make_train_step(
-        made.loss_fn,
-        made.tx,
+        made.make_update,
         made.schedule,
-        accumulation=made.settings.data.accumulation,
         rounding_key=jax.random.key(1),
         state_sharding=made.state_sharding,
     )
@@ -183,7 +181,7 @@ def test_rows_stay_rows_and_weights_are_gathered(corpus):
     settings = settings_of(corpus, mesh="fsdp=8", **(GALORE | {"num-layers": 3, "seq-len": 24}))
     made = task.make_task(settings)
     train_step = step.make_train_step(
-        made.loss_fn, made.tx, made.schedule, state_sharding=made.state_sharding
+        made.make_update, made.schedule, state_sharding=made.state_sharding
     )
     tokens = jax.ShapeDtypeStruct((8, 24), jnp.int32, sharding=made.batch_sharding)
     batch = {"inputs": tokens, "targets": tokens}
@@ -205,7 +203,9 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_device(corpus):
         return jnp.sum(jnp.where(bad, jnp.nan, nats))
 
     train_step = step.make_train_step(
-        loss_fn, made.tx, made.schedule, state_sharding=made.state_sharding
+        made._replace(loss_fn=loss_fn).make_update,
+        made.schedule,
+        state_sharding=made.state_sharding,
     )
     before = jax.device_get(made.new_state().params)
     state, metrics = train_step(made.new_state(), next(made.training(None)))

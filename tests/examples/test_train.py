@@ -18,7 +18,7 @@ import pytest
 import tiny_run
 from tiny_run import GALORE, SHORT, arrays, rows, run
 
-from examples.llama import compare, config, model, progress, report, step, train
+from examples.llama import compare, config, gradients, model, progress, report, step, train
 
 ADAMW = {"optimizer": "adamw", "matrix-lr-scale": 0.25}
 
@@ -249,7 +249,7 @@ def test_accumulation_equals_the_big_batch(weighted):
         return model.cross_entropy(logits, batch["targets"], batch.get("weights"))
 
     def pass_over(micro_batches):
-        return jax.jit(step.accumulated_value_and_grad, static_argnums=(0, 3))(
+        return jax.jit(gradients.accumulated_value_and_grad, static_argnums=(0, 3))(
             loss_fn, params, batch, micro_batches
         )
 

@@ -103,9 +103,7 @@ KINDS = {
         1e-2, **OPTIONS, projector=projectors.random_orthonormal(), **o
     ),
     "svd": lambda **o: gj.galore_sgd(1e-2, **OPTIONS, **EXACT, **o),
-    "gram_eigh": lambda **o: gj.galore_sgd(
-        1e-2, **OPTIONS, projector=projectors.gram_eigh(), **o
-    ),
+    "gram_eigh": lambda **o: gj.galore_sgd(1e-2, **OPTIONS, projector=projectors.gram_eigh(), **o),
     "adafactor": lambda **o: gj.galore_adafactor(1e-2, **OPTIONS, **o),
     "lion": lambda **o: gj.galore_lion(1e-2, **OPTIONS, **o),
     "8 bits": lambda **o: gj.galore_adamw8bit(1e-2, **OPTIONS, **o),

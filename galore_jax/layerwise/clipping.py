@@ -1,0 +1,122 @@
+"""Clipping by global norm, when no gradient is there as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.views import ProjectedGradient
+from galore_jax.views.leaves import flatten_leaves, leaf_paths
+
+
+class PreviousNormState(NamedTuple):
+    """State of `clip_by_previous_norm`.
+
+    Args:
+      norm: fp32 scalar, the global norm of the latest finite gradient; zero before the first step.
+    """
+
+    norm: jax.Array
+
+
+def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    r"""Clips by the global norm that the gradient had one step ago.
+
+    .. math::
+      G_t \leftarrow G_t \min(1, c / \lVert G_{t-1} \rVert)
+
+    What `optax.clip_by_global_norm` would do needs all gradients before the first update; this
+    needs none, so it works under `layerwise.train_step`, where it costs nothing. A step whose norm
+    jumps is not clipped itself, but the next one is. The first step is not clipped.
+
+    Put it first in the chain. Ordinary steps can use it as well, with the same result, and so go on
+    from each other's states.
+
+    Args:
+      max_norm: c, the norm above which gradients are scaled down.
+
+    Returns:
+      A gradient transformation with a `PreviousNormState`. It takes the extra argument `grad_norm`,
+      the norm to keep for the next step, and computes it from the updates without one.
+
+    Raises:
+      ValueError: `max_norm` is not positive.
+
+    Example:
+      >>> import optax, galore_jax as gj
+      >>> from galore_jax import layerwise
+      >>> tx = optax.chain(layerwise.clip_by_previous_norm(1.0), gj.galore_adamw(1e-2))
+    """
+    check_max_norm("max_norm", max_norm)
+
+    def init_fn(params: optax.Params) -> PreviousNormState:
+        del params
+        return PreviousNormState(jnp.zeros((), jnp.float32))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: PreviousNormState,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PreviousNormState]:
+        del params, extra_args
+        norm = jnp.sqrt(square_sum(updates)) if grad_norm is None else grad_norm
+        norm = norm.astype(jnp.float32)
+        clipped = scaled(updates, clip_factor(state.norm, max_norm))
+        return clipped, PreviousNormState(jnp.where(jnp.isfinite(norm), norm, state.norm))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    """What a gradient of this norm is multiplied by."""
+    limit = jnp.asarray(max_norm, norm.dtype)
+    return jnp.where(norm > limit, limit / norm, jnp.ones_like(norm))
+
+
+def scaled(gradients: Any, factor: jax.Array) -> Any:
+    """Gradients times a scalar, each in its dtype."""
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+
+def square_sum(gradients: Any) -> jax.Array:
+    """The square of their global norm; of projected gradients, that of the values."""
+    leaves, _ = flatten_leaves(gradients)
+    values = [
+        leaf.value if isinstance(leaf, ProjectedGradient) else leaf
+        for leaf in leaves
+        if not isinstance(leaf, optax.MaskedNode)
+    ]
+    dtype = norm_dtype(gradients)
+    squares = [jnp.sum(jnp.square(value.astype(dtype))) for value in values]
+    return sum(squares, start=jnp.zeros((), dtype))
+
+
+def squares_by_path(gradients: Any, names: Collection[str]) -> dict[str, jax.Array]:
+    """The squares of the norms of some of the leaves, by their paths."""
+    leaves, _ = flatten_leaves(gradients)
+    return {
+        path: square_sum(leaf)
+        for path, leaf in zip(leaf_paths(gradients), leaves, strict=True)
+        if path in names
+    }
+
+
+def norm_dtype(tree: Any) -> Any:
+    """The dtype to take a norm in: fp32, or wider if an array is."""
+    wide = jnp.dtype(jnp.float32)
+    for leaf in flatten_leaves(tree)[0]:
+        wide = jnp.promote_types(wide, getattr(leaf, "dtype", wide))
+    return wide
+
+
+def check_max_norm(name: str, max_norm: Any) -> None:
+    """Raises unless it is a positive number."""
+    if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm > 0:
+        raise ValueError(f"`{name}` must be a positive number, got {max_norm!r}.")

@@ -1,0 +1,71 @@
+"""Gradients of one piece of a model at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.quant import DifferentiableWeight, QuantizedArray
+
+# Cotangent of the output -> gradient of the parameters, cotangents of the inputs.
+Pull = Callable[[Any], tuple[Any, ...]]
+# (fn, params, opt_state, *inputs, layer=) -> fn(params, *inputs), and its pull; see `pullback`.
+Pullback = Callable[..., tuple[Any, Pull]]
+
+
+def pullback(
+    fn: Callable[..., Any],
+    params: Any,
+    opt_state: Any,
+    *inputs: Any,
+    layer: jax.Array | int = 0,
+) -> tuple[Any, Pull]:
+    """The output of `fn`, and the function that takes its cotangent back.
+
+    The seam for other ways of taking a gradient: what a backward pass that projects needs to know
+    is in `opt_state` and `layer`, which are not looked at here.
+
+    Args:
+      fn: ``fn(params, *inputs)``. Multiplies with `galore_jax.matmul` where a parameter is a
+        `QuantizedArray`.
+      params: Parameters: the whole tree, of the stacked leaves one layer.
+      opt_state: State of the optimizer for them.
+      *inputs: Floating arrays that `fn` is differentiated by as well.
+      layer: The number of that layer.
+
+    Returns:
+      The output, and a function from its cotangent to the gradients. That of the parameters has
+      their logical shapes and dtypes.
+    """
+    del opt_state, layer
+
+    def of_probes(probes: Any, *inputs: Any) -> Any:
+        return fn(with_probes(params, probes), *inputs)
+
+    return jax.vjp(of_probes, probes_of(params), *inputs)
+
+
+def probes_of(params: Any) -> Any:
+    """What is differentiated by: parameters, and zeros in the place of those stored as codes."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if _is_quantized(leaf) else leaf,
+        params,
+        is_leaf=_is_quantized,
+    )
+
+
+def with_probes(params: Any, probes: Any) -> Any:
+    """What the model sees."""
+    return jax.tree.map(
+        lambda leaf, probe: DifferentiableWeight(leaf, probe) if _is_quantized(leaf) else probe,
+        params,
+        probes,
+        is_leaf=_is_quantized,
+    )
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, QuantizedArray)

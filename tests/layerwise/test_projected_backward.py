@@ -1,0 +1,80 @@
+"""Both levers at once: one block at a time, and not even its gradient."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import stacked_model as sm
+
+import galore_jax as gj
+from galore_jax import backward, layerwise
+
+pytestmark = pytest.mark.standard_promotion
+
+LENS = {"rank": 4, "axes": gj.MatrixAxes(-2, -1), "update_proj_gap": 4}
+SGD = gj.galore_sgd(1e-1, momentum=0.9, **LENS)
+
+
+def projected_step(tx):
+    """An ordinary step with projected gradients."""
+    value_and_grad = backward.projected_value_and_grad(sm.loss_fn, tx)
+
+    def step(params, opt_state, batch, key=None):
+        loss, gradients = value_and_grad(params, opt_state, batch)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return gj.apply_updates(params, updates, key=key), opt_state, loss
+
+    return step
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_the_same_as_all_projected_gradients_at_once(weights):
+    params = sm.initial()
+    state, data, key = SGD.init(params), sm.batches(9), jax.random.key(0)
+    if weights == "int8":
+        params = gj.quant.quantize_params(params, block=16)
+    expected, expected_state, _ = sm.run(projected_step(SGD), params, state, data, key)
+    step = layerwise.train_step(*sm.MODEL, SGD, pullback=backward.pullback)
+    found, found_state, _ = sm.run(step, params, state, data, key)
+    decoded = [gj.quant.dequantize_params(tree) for tree in (found, expected)]
+    assert sm.distance(*decoded) < (1e-3 if weights == "int8" else 1e-5)
+    assert sm.signature(found_state) == sm.signature(expected_state)
+
+
+def test_the_norm_that_clips_is_that_of_the_projections():
+    chained = optax.chain(optax.clip_by_global_norm(0.2), SGD)
+    params, data = sm.initial(), sm.batches(9)
+    expected, _, _ = sm.run(projected_step(chained), params, chained.init(params), data)
+    step = layerwise.train_step(*sm.MODEL, SGD, clip_norm=0.2, pullback=backward.pullback)
+    found, _, _ = sm.run(step, params, SGD.init(params), data)
+    assert sm.distance(found, expected) < 1e-5
+
+
+def test_nothing_has_the_shape_of_a_gradient():
+    """Not in the whole program, backward pass and refresh included."""
+    codes = jax.eval_shape(gj.quant.quantize_params, sm.initial())
+    state = jax.eval_shape(SGD.init, sm.initial())
+    products = {}
+    for name, pullback in {"plain": {}, "projected": {"pullback": backward.pullback}}.items():
+        step = layerwise.train_step(*sm.MODEL, SGD, **pullback)
+        jaxpr = jax.make_jaxpr(step)(codes, state, jax.ShapeDtypeStruct((4, 17), jnp.int32))
+        products[name] = {
+            tuple(eqn.outvars[0].aval.shape)
+            for eqn in equations(jaxpr.jaxpr)
+            if eqn.primitive.name == "dot_general"
+        }
+    gradients = {(sm.WIDTH, sm.HIDDEN), (sm.HIDDEN, sm.WIDTH)}
+    assert gradients & products["plain"]
+    # What has that shape is the lifted update, which keeps the axis of the layer.
+    assert not gradients & products["projected"]
+
+
+def equations(jaxpr):
+    """All equations, however deep."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
