@@ -10,7 +10,7 @@ import optax
 
 from galore_jax import mapped
 from galore_jax.meshes import sharded_alike
-from galore_jax.transforms import stages, subspace
+from galore_jax.transforms import adopted, stages, subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.lenses import find_lenses, lens_leaves
 from galore_jax.transforms.state import AccumulateState
@@ -95,7 +95,7 @@ def accumulate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
         like = updates if params is None else params
-        shapes = subspace.full_shapes(like, params)
+        shapes = adopted.full_shapes(like, params)
         if params is None:
             _check_nothing_projected(state, shapes)
         window = _add(state, updates, shapes, extra_args.get("layer", 0))
@@ -114,7 +114,7 @@ def accumulate(
             mini_step=jnp.where(last, 0, state.mini_step + 1), opt_state=opt_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, subspace.alike))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, adopted.alike))
 
 
 class _Projected(NamedTuple):

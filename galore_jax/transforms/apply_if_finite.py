@@ -10,7 +10,7 @@ import optax
 
 from galore_jax import mapped
 from galore_jax.meshes import sharded_alike
-from galore_jax.transforms import subspace
+from galore_jax.transforms import adopted
 from galore_jax.transforms.lenses import find_lenses
 
 
@@ -93,7 +93,7 @@ def apply_if_finite(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, subspace.alike))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, adopted.alike))
 
 
 def _all_finite(updates: optax.Updates, state: optax.OptState) -> jax.Array:

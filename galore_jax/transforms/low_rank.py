@@ -14,7 +14,7 @@ from galore_jax.mapped import AxisName
 from galore_jax.meshes import sharded_alike
 from galore_jax.projectors import Projector
 from galore_jax.refresh import RefreshPolicy
-from galore_jax.transforms import stages, subspace
+from galore_jax.transforms import adopted, stages, subspace
 from galore_jax.transforms.config import check_same_storage, low_rank_config
 from galore_jax.transforms.inner import check_inner, inner_proxy
 from galore_jax.transforms.state import LowRankState
@@ -145,7 +145,7 @@ def low_rank_projection(
     ) -> tuple[optax.Updates, LowRankState]:
         check_same_storage(config, state.config)
         gradients, treedef = flatten_leaves(updates)
-        plans = leaf_plan(config, subspace.full_shapes(updates, params))
+        plans = leaf_plan(config, adopted.full_shapes(updates, params))
         leaves = stages.subspaces(state._replace(config=config), treedef, plans, layer)
         for leaf in leaves:
             if leaf.plan.is_projected:
@@ -176,4 +176,4 @@ def low_rank_projection(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, subspace.alike))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, adopted.alike))

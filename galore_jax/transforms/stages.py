@@ -13,7 +13,7 @@ from galore_jax import mapped
 from galore_jax.basis import BasisMove
 from galore_jax.keys import matrix_keys
 from galore_jax.refresh import places_of
-from galore_jax.transforms import subspace
+from galore_jax.transforms import adopted, subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.inner import at_full_size
 from galore_jax.transforms.state import LowRankState, RefreshState
@@ -120,7 +120,7 @@ def take(
         return Entered(at_full_size(config, plan, gradient), leaf.stored, None)
     old = subspace.decode(config, plan, leaf.stored)
     if refreshed is None:
-        refreshed, value = subspace.adopt(config, plan, gradient, leaf.stored)
+        refreshed, value = adopted.adopt(config, plan, gradient, leaf.stored)
         new = subspace.decode(config, plan, refreshed.stored)
     else:
         new = subspace.decode(config, plan, refreshed.stored)
