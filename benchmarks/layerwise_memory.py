@@ -18,7 +18,7 @@ import optax
 
 import galore_jax as gj
 from benchmarks import report
-from examples.llama import model
+from examples.llama import model, objective
 from examples.llama.presets import PRESETS, Preset
 from galore_jax import backward, layerwise
 
@@ -74,7 +74,7 @@ def steps(
     config: model.LlamaConfig, tx: optax.GradientTransformation
 ) -> dict[str, Callable[..., Any]]:
     """The ways to train."""
-    loss = functools.partial(model.loss, dataclasses.replace(config, remat=True))
+    loss = functools.partial(objective.loss, dataclasses.replace(config, remat=True))
 
     def ordinary(params: Any, opt_state: Any, batch: Any) -> Any:
         value, gradients = gj.quant.value_and_grad(loss)(params, batch)
@@ -84,9 +84,7 @@ def steps(
     pieces = (
         lambda params, batch: model.embed(config, params, batch["inputs"]),
         functools.partial(model.block, config),
-        lambda params, x, batch: model.cross_entropy(
-            model.head(config, params, x), batch["targets"]
-        ),
+        functools.partial(objective.head_loss, config),
     )
     return {
         "ordinary": ordinary,

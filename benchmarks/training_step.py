@@ -15,7 +15,7 @@ import optax
 
 import galore_jax as gj
 from benchmarks import flops, report
-from examples.llama import model
+from examples.llama import model, objective
 from examples.llama.presets import PRESETS
 
 GAP = 200
@@ -58,7 +58,7 @@ def steps(name: str, options: argparse.Namespace) -> tuple[Any, Any, dict[str, A
     """Model and batch of a preset, and per method its optimizer and its step."""
     preset = SIZES[name]
     llama = dataclasses.replace(preset.model, remat=True, attention="xla")
-    loss_fn = functools.partial(model.loss, llama)
+    loss_fn = functools.partial(objective.loss, llama)
     galore = gj.galore_adamw(1e-2, preset.rank, update_proj_gap=GAP, axes=gj.MatrixAxes(-2, -1))
     full = jax.value_and_grad(loss_fn)
     methods = {

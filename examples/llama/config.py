@@ -47,6 +47,8 @@ class ModelOptions:
     """int8 stores the matrices of the blocks in 8-bit codes (Q-GaLore); the rest stays as it is."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    head_chunk: int | None = None
+    """Tokens of a sequence whose logits exist at once (default: all): less memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ class ScheduleOptions:
     """Warm-up steps, or their fraction (0.1) of all steps."""
     clip: Annotated[float | None, FROM_PRESET] = None
     """Largest global gradient norm; 0 switches clipping off."""
+    layerwise: bool = False
+    """Update each layer as soon as its gradient is there: less memory; clipping walks twice."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How int8 and bfloat16 weights are written; to nearest loses small updates."""
 
@@ -230,6 +234,18 @@ def _check(config: TrainConfig) -> None:
             f"--accumulation {config.data.accumulation} does not divide "
             f"--batch-size {config.data.batch_size}"
         )
+    if config.schedule.layerwise and config.data.accumulation > 1:
+        raise ValueError(
+            f"--layerwise with --accumulation {config.data.accumulation}: a layer is updated "
+            "before the next micro-batch is seen. Drop one of them."
+        )
+    if config.model.head_chunk is not None and (
+        config.model.head_chunk < 1 or config.data.seq_len % config.model.head_chunk
+    ):
+        raise ValueError(
+            f"--head-chunk {config.model.head_chunk} does not divide --seq-len "
+            f"{config.data.seq_len}"
+        )
     if not 0 <= config.schedule.warmup <= config.schedule.steps:
         raise ValueError(
             f"--warmup {config.schedule.warmup}: must lie between 0 and --steps "
@@ -275,7 +291,7 @@ def identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
 
 
 # The preset is a name for the sizes; how the model computes is not part of what it is.
-_FREE_OF_MODEL = ("preset", "dtype", "remat")
+_FREE_OF_MODEL = ("preset", "dtype", "remat", "head_chunk")
 
 
 def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.extend import backend
 
@@ -52,6 +51,7 @@ class LlamaConfig:
     dtype: Any = jnp.float32  # of activations, and of weights in products
     param_dtype: Any = jnp.float32
     remat: bool = False  # recompute a layer's activations in the backward pass
+    head_chunk: int | None = None  # tokens of a sequence whose logits exist at once; None: all
     attention: str = "auto"  # or "xla", "cudnn"; see `attend`
     activation_sharding: Any = None  # a `NamedSharding` of [B, S, D]; None: the compiler's choice
 
@@ -311,8 +311,8 @@ def head(config: LlamaConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Ar
     return _bind(Head, config, own)(x)
 
 
-def apply(config: LlamaConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
-    """Maps tokens [B, S] to logits [B, S, V]."""
+def hidden(config: LlamaConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """Maps tokens [B, S] to what the head gets to see, [B, S, D]."""
     layer = functools.partial(block, config)
     if config.remat:
         # scan keeps the recomputation apart by itself, the barrier would only cost.
@@ -322,39 +322,9 @@ def apply(config: LlamaConfig, params: Mapping[str, Any], tokens: jax.Array) -> 
         embed(config, params, tokens),
         params["blocks"],
     )
-    return head(config, params, x)
+    return x
 
 
-def cross_entropy(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None
-) -> jax.Array:
-    """Mean negative log-likelihood in nats, in float32.
-
-    Args:
-        logits: [B, S, V].
-        targets: int32 [B, S].
-        weights: optional [B, S]; the mean is weighted by them, and 0 if all are zero.
-
-    Returns:
-        float32 scalar.
-    """
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    if weights is None:
-        return jnp.mean(nats)
-    weights = weights.astype(jnp.float32)
-    total = jnp.sum(weights)
-    return jnp.sum(nats * weights) / jnp.where(total > 0, total, 1.0)
-
-
-def loss(
-    config: LlamaConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
-) -> jax.Array:
-    """Mean nats per predicted token (``cross_entropy``), a float32 scalar.
-
-    Args:
-        config: the model.
-        params: parameter tree.
-        batch: ``"inputs"`` and ``"targets"`` int32 [B, S], optionally ``"weights"`` [B, S].
-    """
-    logits = apply(config, params, batch["inputs"])
-    return cross_entropy(logits, batch["targets"], batch.get("weights"))
+def apply(config: LlamaConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """Maps tokens [B, S] to logits [B, S, V]."""
+    return head(config, params, hidden(config, params, tokens))

@@ -180,19 +180,35 @@ def make_schedule(*, learning_rate: float, steps: int, warmup: int) -> optax.Sch
 def make_optimizer(
     options: OptimizerOptions, schedule: optax.Schedule, *, clip: float, seed: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping, then the chosen optimizer, all of it skipped on a non-finite gradient.
-
-    The stateless links are always there (`identity` where they do nothing), so that switching
-    one on or off does not change the layout of the state: such a run can be resumed.
-    """
+    """Clipping, then the chosen optimizer, all of it skipped on a non-finite gradient."""
     return gj.apply_if_finite(
-        optax.chain(
-            optax.clip_by_global_norm(clip) if clip else optax.identity(),
-            _BUILDERS[options.optimizer](options, schedule, seed),
+        _chain(
+            optax.clip_by_global_norm(clip) if clip else optax.identity(), options, schedule, seed
         ),
-        # Past its limit Optax would apply the bad update; here the training loop gives up instead.
+        # Past its limit the bad update would be applied; here the training loop gives up instead.
         max_consecutive_errors=jnp.iinfo(jnp.int32).max - 1,
     )
+
+
+def make_layerwise_optimizer(
+    options: OptimizerOptions, schedule: optax.Schedule, *, seed: int
+) -> optax.GradientTransformationExtraArgs:
+    """What `make_optimizer` protects, for a step that clips and skips by itself."""
+    return _chain(optax.identity(), options, schedule, seed)
+
+
+def _chain(
+    clip: optax.GradientTransformation,
+    options: OptimizerOptions,
+    schedule: optax.Schedule,
+    seed: int,
+) -> optax.GradientTransformationExtraArgs:
+    """The stateless link is always there (`identity` where it does nothing).
+
+    So switching clipping on or off, or steps by layers, does not change the layout of the state:
+    such a run can be resumed.
+    """
+    return optax.chain(clip, _BUILDERS[options.optimizer](options, schedule, seed))
 
 
 def _galore(alias: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:

@@ -31,6 +31,9 @@ class Metrics(NamedTuple):
     bad_in_a_row: jax.Array
 
 
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step; weights may be stored as integer codes."""
     # Optax's own transformations would take the codes for parameters.
@@ -44,7 +47,7 @@ def make_train_step(
     *,
     rounding_key: jax.Array | None = None,
     state_sharding: TrainState | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """One jitted update; the state's buffers are reused for the new state.
 
     INT8 and bf16 weights are rounded stochastically with the random numbers of `rounding_key` and
@@ -71,11 +74,72 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, made.opt_state), metrics
 
-    if state_sharding is None:
-        return jax.jit(train_step, donate_argnums=0)
-    return jax.jit(
-        train_step, donate_argnums=0, out_shardings=(state_sharding, state_sharding.step)
+    return _compiled(train_step, state_sharding)
+
+
+class Pieces(NamedTuple):
+    """The model in three functions, as `galore_jax.layerwise.train_step` takes them."""
+
+    embed: Callable[..., jax.Array]
+    block: Callable[..., jax.Array]
+    head: Callable[..., jax.Array]
+
+
+def make_layerwise_step(
+    pieces: Pieces,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    *,
+    clip: float | None,
+    projected: bool,
+    rounding_key: jax.Array | None = None,
+    state_sharding: TrainState | None = None,
+) -> TrainStep:
+    """Like `make_train_step`, with one block's gradient at a time.
+
+    `tx` is what the other step has inside `gj.apply_if_finite`. The state is the same, so that a
+    run can go on with either; but a block whose gradient is not finite is skipped alone.
+    """
+    update = gj.layerwise.train_step(
+        *pieces,
+        tx,
+        clip_norm=clip,
+        **({"pullback": gj.backward.pullback} if projected else {}),
     )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        guard = state.opt_state
+        rate = schedule(state.step - guard.total_notfinite)
+        key = None if rounding_key is None else jax.random.fold_in(rounding_key, state.step)
+        params, inner_state, made = update(state.params, guard.inner_state, batch, key)
+        fine = made.skipped == 0
+        guard = guard._replace(
+            notfinite_count=jnp.where(fine, 0, guard.notfinite_count + 1),
+            last_finite=fine,
+            total_notfinite=guard.total_notfinite + ~fine,
+            inner_state=inner_state,
+        )
+        metrics = Metrics(
+            loss=made.loss,
+            grad_norm=made.grad_norm,
+            learning_rate=rate,
+            skipped=guard.total_notfinite,
+            bad_in_a_row=guard.notfinite_count,
+        )
+        return TrainState(state.step + 1, params, guard), metrics
+
+    return _compiled(train_step, state_sharding)
+
+
+def _compiled(train_step: Callable[..., Any], state_sharding: TrainState | None) -> Any:
+    # Without it the CPU backend copies stacked arrays that can be changed in place.
+    options = (
+        {"xla_cpu_copy_insertion_use_region_analysis": True}
+        if jax.default_backend() == "cpu"
+        else None
+    )
+    out = None if state_sharding is None else (state_sharding, state_sharding.step)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 
 import galore_jax as gj
-from examples.llama import config, data, feed, gradients, mesh, model, optimizers, step
+from examples.llama import config, data, feed, gradients, mesh, model, objective, optimizers, step
 
 
 class Task(NamedTuple):
@@ -47,14 +47,29 @@ class Task(NamedTuple):
         """Where the arrays of the training state are."""
         return jax.tree.map(lambda x: x.sharding, self.template)
 
-    @property
-    def make_update(self) -> gradients.MakeUpdate:
-        """From a batch to an update."""
-        return gradients.update_maker(
-            self.loss_fn,
-            self.tx,
-            projected=self.settings.optimizer.backward == "projected",
-            micro_batches=self.settings.data.accumulation,
+    def train_step(self, rounding_key: jax.Array | None) -> step.TrainStep:
+        """From a training state and a batch to the next state, as the settings say."""
+        projected = self.settings.optimizer.backward == "projected"
+        rest = {"rounding_key": rounding_key, "state_sharding": self.state_sharding}
+        if not self.settings.schedule.layerwise:
+            update = gradients.update_maker(
+                self.loss_fn,
+                self.tx,
+                projected=projected,
+                micro_batches=self.settings.data.accumulation,
+            )
+            return step.make_train_step(update, self.schedule, **rest)
+        pieces = step.Pieces(
+            embed=lambda params, batch: model.embed(self.llama, params, batch["inputs"]),
+            block=functools.partial(model.block, self.llama),
+            head=functools.partial(objective.head_loss, self.llama),
+        )
+        tx = optimizers.make_layerwise_optimizer(
+            self.settings.optimizer, self.schedule, seed=self.settings.run.seed
+        )
+        clip = self.settings.schedule.clip or None
+        return step.make_layerwise_step(
+            pieces, tx, self.schedule, clip=clip, projected=projected, **rest
         )
 
     def training(self, position: object) -> feed.Training:
@@ -100,7 +115,7 @@ def make_task(settings: config.TrainConfig) -> Task:
         settings,
         corpus,
         llama,
-        loss_fn=functools.partial(model.loss, llama),
+        loss_fn=functools.partial(objective.loss, llama),
         schedule=schedule,
         tx=tx,
         devices=mesh.describe(devices),

@@ -195,12 +195,8 @@ def fit(
     settings, steps = task.settings, task.settings.schedule.steps
     # Not the key that the parameters were drawn with.
     rounding_key = jax.random.fold_in(jax.random.key(settings.run.seed), ROUNDING)
-    train_step = step.make_train_step(
-        task.make_update,
-        task.schedule,
-        rounding_key=rounding_key if settings.schedule.rounding == "stochastic" else None,
-        state_sharding=task.state_sharding,
-    )
+    stochastic = settings.schedule.rounding == "stochastic"
+    train_step = task.train_step(rounding_key if stochastic else None)
     eval_step = step.make_eval_step(task.loss_fn)
     batches = task.training(start.progress.data)
     tokens_per_step = settings.data.batch_size * settings.data.seq_len

@@ -12,7 +12,7 @@ import tiny_run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_run import GALORE, arrays, rows, run
 
-from examples.llama import config, feed, mesh, model, optimizers, step, task, train
+from examples.llama import config, feed, mesh, model, optimizers, task, train
 from examples.llama.optimizers import path_name
 
 BATCH = {"batch-size": 8}
@@ -78,12 +78,7 @@ def settings_of(corpus, **options):
 
 def train_steps(made, state, count):
     """A few steps without the rest of a run; the state and the losses."""
-    train_step = step.make_train_step(
-        made.make_update,
-        made.schedule,
-        rounding_key=jax.random.key(1),
-        state_sharding=made.state_sharding,
-    )
+    train_step = made.train_step(jax.random.key(1))
     batches, found = made.training(None), []
     for _ in range(count):
         state, metrics = train_step(state, next(batches))
@@ -180,9 +175,7 @@ def test_rows_stay_rows_and_weights_are_gathered(corpus):
     """Fully sharded: no device computes with all rows of a batch, none holds a stack of weights."""
     settings = settings_of(corpus, mesh="fsdp=8", **(GALORE | {"num-layers": 3, "seq-len": 24}))
     made = task.make_task(settings)
-    train_step = step.make_train_step(
-        made.make_update, made.schedule, state_sharding=made.state_sharding
-    )
+    train_step = made.train_step(None)
     tokens = jax.ShapeDtypeStruct((8, 24), jnp.int32, sharding=made.batch_sharding)
     batch = {"inputs": tokens, "targets": tokens}
     compiled = train_step.lower(made.template, batch).compile()
@@ -202,11 +195,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_device(corpus):
         nats = -jax.nn.log_softmax(logits)[:, 0, 0]
         return jnp.sum(jnp.where(bad, jnp.nan, nats))
 
-    train_step = step.make_train_step(
-        made._replace(loss_fn=loss_fn).make_update,
-        made.schedule,
-        state_sharding=made.state_sharding,
-    )
+    train_step = made._replace(loss_fn=loss_fn).train_step(None)
     before = jax.device_get(made.new_state().params)
     state, metrics = train_step(made.new_state(), next(made.training(None)))
     assert int(metrics.bad_in_a_row) == 1

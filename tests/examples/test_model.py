@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.llama import model
+from examples.llama import model, objective
 from examples.llama.model import LlamaConfig
 from examples.llama.presets import PRESETS
 
@@ -177,7 +177,7 @@ def test_remat_changes_nothing():
     config = dataclasses.replace(TINY, remat=True)
     plain, remat = compiled("loss")(params, batch), compiled("loss", config)(params, batch)
     assert_trees_close(remat, plain, rtol=1e-5, atol=1e-6)
-    jaxpr = str(jax.make_jaxpr(functools.partial(model.loss, config))(params, batch))
+    jaxpr = str(jax.make_jaxpr(functools.partial(objective.loss, config))(params, batch))
     assert "checkpoint" in jaxpr or "remat" in jaxpr
 
 
@@ -277,7 +277,7 @@ def test_bfloat16_dtypes(param_dtype):
     batch = tiny_batch()
     logits = jax.eval_shape(functools.partial(model.apply, config), params, batch["inputs"])
     assert logits.dtype == jnp.bfloat16
-    step = jax.value_and_grad(functools.partial(model.loss, config))
+    step = jax.value_and_grad(functools.partial(objective.loss, config))
     loss, gradients = jax.eval_shape(step, params, batch)
     assert loss.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(param_dtype)}
@@ -285,7 +285,7 @@ def test_bfloat16_dtypes(param_dtype):
 
 def test_bfloat16_is_close_to_float32():
     config = dataclasses.replace(TINY, dtype="bfloat16")
-    loss = jax.jit(functools.partial(model.loss, config))(tiny_params(), tiny_batch())
+    loss = jax.jit(functools.partial(objective.loss, config))(tiny_params(), tiny_batch())
     np.testing.assert_allclose(loss, compiled("loss")(tiny_params(), tiny_batch())[0], rtol=0.02)
 
 
@@ -294,7 +294,7 @@ def test_strict_promotion():
     config = dataclasses.replace(TINY, param_dtype="bfloat16")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params())
     with jax.numpy_dtype_promotion("strict"):
-        jax.eval_shape(jax.grad(functools.partial(model.loss, config)), params, tiny_batch())
+        jax.eval_shape(jax.grad(functools.partial(objective.loss, config)), params, tiny_batch())
 
 
 # Kernels that are not arrays: what INT8 weights and the projected backward put in their place.
@@ -346,7 +346,7 @@ def at(tree, path):
 def test_any_kernel_may_be_a_custom_pytree_node(monkeypatch, path, remat):
     config = dataclasses.replace(TINY, remat=remat)
     seen = spy_on_linear(monkeypatch)
-    gradient = jax.grad(functools.partial(model.loss, config))
+    gradient = jax.grad(functools.partial(objective.loss, config))
     params = with_halved(tiny_params(), path)
     gradients = jax.eval_shape(gradient, params, tiny_batch())
     assert set(seen) == {at(tiny_params(), path).shape[-2:]}
@@ -362,7 +362,7 @@ def test_all_kernels_may_be_custom_pytree_nodes(monkeypatch, remat):
     seen = spy_on_linear(monkeypatch)
     for path in KERNELS:
         params = with_halved(params, path)
-    step = jax.jit(jax.value_and_grad(functools.partial(model.loss, config)))
+    step = jax.jit(jax.value_and_grad(functools.partial(objective.loss, config)))
     loss, gradients = step(params, batch)
     assert set(seen) == {at(tiny_params(), path).shape[-2:] for path in KERNELS}
     np.testing.assert_allclose(loss, want, rtol=1e-5)

@@ -18,7 +18,17 @@ import pytest
 import tiny_run
 from tiny_run import GALORE, SHORT, arrays, rows, run
 
-from examples.llama import compare, config, gradients, model, progress, report, step, train
+from examples.llama import (
+    compare,
+    config,
+    gradients,
+    model,
+    objective,
+    progress,
+    report,
+    step,
+    train,
+)
 
 ADAMW = {"optimizer": "adamw", "matrix-lr-scale": 0.25}
 
@@ -193,14 +203,14 @@ def test_training_goes_on_when_no_checkpoint_can_be_written(corpus, tmp_path, mo
 def test_non_finite_steps_are_skipped_counted_and_given_up_on(
     corpus, tmp_path, monkeypatch, capsys
 ):
-    finite_loss = model.loss
+    finite_loss = objective.loss
 
     def loss(llama, params, batch):
         # The first four batches are good; then the embedding has moved and every loss is NaN.
         bad = jnp.abs(params["embed"]["embedding"]).max() > LIMIT
         return finite_loss(llama, params, batch) + jnp.where(bad, jnp.nan, 0.0)
 
-    monkeypatch.setattr(model, "loss", loss)
+    monkeypatch.setattr(objective, "loss", loss)
     options = ADAMW | {"save-every": 1, "learning-rate": 1.0, "warmup": 2, "max-bad-steps": 3}
     run_dir = tmp_path / "run"
     assert run(corpus, run_dir, **options) == train.GAVE_UP
@@ -246,7 +256,7 @@ def test_accumulation_equals_the_big_batch(weighted):
 
     def loss_fn(params, batch):
         logits = params["table"][batch["inputs"]]
-        return model.cross_entropy(logits, batch["targets"], batch.get("weights"))
+        return objective.cross_entropy(logits, batch["targets"], batch.get("weights"))
 
     def pass_over(micro_batches):
         return jax.jit(gradients.accumulated_value_and_grad, static_argnums=(0, 3))(
@@ -273,7 +283,9 @@ def test_evaluation_is_the_mean_over_tokens():
     short[0, :5] = 1
     batches = [random_batch(1), random_batch(2, weights=short), random_batch(3, weights=0 * short)]
     result = step.evaluate(
-        step.make_eval_step(lambda params, batch: model.loss(llama, params, batch)), params, batches
+        step.make_eval_step(lambda params, batch: objective.loss(llama, params, batch)),
+        params,
+        batches,
     )
     nats = []
     for batch in batches:
