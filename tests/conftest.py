@@ -50,6 +50,13 @@ def pytest_configure(config):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs hold memory mappings, of which a process may have some 65,000."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """Mixed dtypes and silently broadcast ranks are errors."""
