@@ -80,7 +80,9 @@ def low_rank_projection(
       seed: Seed of randomized projectors; None means 0.
 
     Returns:
-      A gradient transformation with a `LowRankState`.
+      A gradient transformation with a `LowRankState`. Its ``update`` takes `ProjectedGradient`s as
+      well, and an extra argument ``layer``: the number of the layer, when gradients and state are
+      slices of one layer out of a stack (with an axis of size one).
 
     Raises:
       ValueError: Bad numbers here; bad shapes, axes or an `inner` that needs parameters in
