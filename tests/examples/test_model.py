@@ -40,7 +40,7 @@ def tiny_params():
 
 @functools.cache
 def compiled(name, config=TINY):
-    function = getattr(model, name)
+    function = getattr(objective if name == "loss" else model, name)
     if name == "loss":
         function = jax.value_and_grad(function, argnums=1)
     return jax.jit(functools.partial(function, config))
