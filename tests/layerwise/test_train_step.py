@@ -11,6 +11,7 @@ import stacked_model as sm
 
 import galore_jax as gj
 from examples.llama import model as llama
+from examples.llama import objective
 from galore_jax import layerwise
 
 # optax' Adam corrects its bias by float ** int32.
@@ -314,12 +315,12 @@ def test_the_llama_example(quantized):
     ]
     state, key = tx.init(params), jax.random.key(1)
     expected = sm.run(
-        sm.ordinary_step(tx, functools.partial(llama.loss, config)), params, state, data, key
+        sm.ordinary_step(tx, functools.partial(objective.loss, config)), params, state, data, key
     )
     step = layerwise.train_step(
         lambda params, batch: llama.embed(config, params, batch["inputs"]),
         functools.partial(llama.block, config),
-        lambda params, x, batch: llama.cross_entropy(
+        lambda params, x, batch: objective.cross_entropy(
             llama.head(config, params, x), batch["targets"]
         ),
         tx,
