@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from galore_jax.quant import DifferentiableWeight, QuantizedArray
+from galore_jax.quant.differentiate import probes_of, with_probes
 
 # Cotangent of the output -> gradient of the parameters, cotangents of the inputs.
 Pull = Callable[[Any], tuple[Any, ...]]
@@ -46,26 +45,3 @@ def pullback(
         return fn(with_probes(params, probes), *inputs)
 
     return jax.vjp(of_probes, probes_of(params), *inputs)
-
-
-def probes_of(params: Any) -> Any:
-    """What is differentiated by: parameters, and zeros in the place of those stored as codes."""
-    return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if _is_quantized(leaf) else leaf,
-        params,
-        is_leaf=_is_quantized,
-    )
-
-
-def with_probes(params: Any, probes: Any) -> Any:
-    """What the model sees."""
-    return jax.tree.map(
-        lambda leaf, probe: DifferentiableWeight(leaf, probe) if _is_quantized(leaf) else probe,
-        params,
-        probes,
-        is_leaf=_is_quantized,
-    )
-
-
-def _is_quantized(node: Any) -> bool:
-    return isinstance(node, QuantizedArray)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.layerwise.pullback import Pull, Pullback, probes_of, with_probes
+from galore_jax.layerwise.pullback import Pull, Pullback
+from galore_jax.quant.differentiate import probes_of, with_probes
 
 
 class Model(NamedTuple):

@@ -86,14 +86,21 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 
     def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         def loss_of_probes(probes: Any) -> Any:
-            return loss_fn(
-                jax.tree.map(_attach, params, probes, is_leaf=_is_quantized), *args, **kwargs
-            )
+            return loss_fn(with_probes(params, probes), *args, **kwargs)
 
-        probes = jax.tree.map(_probe, params, is_leaf=_is_quantized)
-        return jax.value_and_grad(loss_of_probes, has_aux=has_aux)(probes)
+        return jax.value_and_grad(loss_of_probes, has_aux=has_aux)(probes_of(params))
 
     return value_and_grad_fn
+
+
+def probes_of(params: Any) -> Any:
+    """What is differentiated by: parameters, and zeros in the place of those stored as codes."""
+    return jax.tree.map(_probe, params, is_leaf=_is_quantized)
+
+
+def with_probes(params: Any, probes: Any) -> Any:
+    """What the loss function sees."""
+    return jax.tree.map(_attach, params, probes, is_leaf=_is_quantized)
 
 
 def matmul(x: jax.Array, w: Any) -> jax.Array:
