@@ -1,12 +1,13 @@
 """Bytes that accumulating gradients over micro-batches keeps, for the Llama presets.
 
-    python -m benchmarks.accumulate
+    python -m benchmarks.accumulate [--presets 60m 350m 1b 7b]
 
 Nothing is allocated. `optax.MultiSteps` keeps a sum in the shape of every parameter, in fp32 unless
 told otherwise; `galore_jax.accumulate` keeps fp32 sums of what the lens projects, fp32 sums of all
 other leaves, and the bases of the window.
 """
 
+import argparse
 import functools
 import math
 from typing import Any
@@ -20,20 +21,22 @@ from benchmarks import report
 from examples.llama import model
 from examples.llama.presets import PRESETS
 
-MODELS = ("60m", "350m", "1b", "7b")
 EVERY = 8
 
 
 def main() -> None:
     """Command line program."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--presets", nargs="+", default=["60m", "350m", "1b", "7b"])
+    presets = parser.parse_args().presets
     report.publish(
         "Buffers of gradient accumulation in GB (1e9 bytes), bf16 weights",
-        [_buffers(name) for name in MODELS],
+        [_buffers(name) for name in presets],
         "accumulate_buffers",
     )
     report.publish(
         "Optimizer state with these buffers in it, GB",
-        [_states(name) for name in MODELS],
+        [_states(name) for name in presets],
         "accumulate_state",
     )
 

@@ -1,8 +1,9 @@
 """Bytes that data parallelism reduces for the matrices of one Llama block, from compiled programs.
 
-python -m benchmarks.communication
+python -m benchmarks.communication [--sizes 60M 130M 350M 1B 7B]
 """
 
+import argparse
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -16,15 +17,18 @@ from jax.sharding import AxisType, PartitionSpec
 
 import galore_jax as gj
 from benchmarks import hlo, report
-from benchmarks.llama_block import SIZES, BlockSize
+from benchmarks.llama_block import SIZES, TRIAL_SIZES, BlockSize
 
 GAP = 200
-SIZES_AND_7B = SIZES | {"7B": BlockSize(4096, 11008, 32, 1024)}
+SEVEN_B = {"7B": BlockSize(4096, 11008, 32, 1024)}
+CHOICES = TRIAL_SIZES | SEVEN_B
 
 
 def main() -> None:
     """Command line program."""
-    rows = [row(name, size) for name, size in SIZES_AND_7B.items()]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=[*SIZES, *SEVEN_B], choices=CHOICES)
+    rows = [row(name, CHOICES[name]) for name in parser.parse_args().sizes]
     title = "Data parallelism, MB reduced per step for the matrices of one block (fp32)"
     report.publish(title, rows, "communication")
 

@@ -1,17 +1,23 @@
 """Where to put 4-bit codes: two to a byte, or JAX's own 4-bit types. And which way blocks run.
 
-    python -m benchmarks.int4_storage [--repeats 15]
+    python -m benchmarks.int4_storage [--size 350M] [--repeats 15]
 
-The bases of one 350M block, rank 256. Bytes are those of the compiled program's arguments.
+The bases of one block, on eight simulated devices. Bytes are those of the compiled program's
+arguments.
 """
 
 import argparse
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +25,7 @@ import numpy as np
 
 import galore_jax as gj
 from benchmarks import report
-from benchmarks.llama_block import SIZES, random_block
+from benchmarks.llama_block import TRIAL_SIZES, BlockSize, random_block
 from galore_jax.quant import packing
 from galore_jax.quant.array import quantize
 
@@ -30,18 +36,21 @@ def main() -> None:
     """Command line program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--size", default="350M", choices=TRIAL_SIZES)
     options = parser.parse_args()
+    size = TRIAL_SIZES[options.size]
     report.publish(
-        "4-bit storage of codes, one 350M block of bases", _storage(options.repeats), "int4_storage"
+        f"4-bit storage of codes, one {options.size} block of bases",
+        _storage(size, options.repeats),
+        "int4_storage",
     )
     report.publish(
-        "Which way the blocks of an INT4 basis run: relative error", _blocks(), "int4_blocks"
+        "Which way the blocks of an INT4 basis run: relative error", _blocks(size), "int4_blocks"
     )
 
 
-def _bases() -> list[jax.Array]:
+def _bases(size: BlockSize) -> list[jax.Array]:
     """Orthonormal bases as a refresh leaves them: of gradients whose spectrum decays."""
-    size = SIZES["350M"]
     bases = []
     for matrix in random_block(size, 0).values():
         short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -53,13 +62,13 @@ def _bases() -> list[jax.Array]:
     return bases
 
 
-def _storage(repeats: int) -> list[dict[str, Any]]:
-    codes = [quantize(basis, bits=4, axis=-2) for basis in _bases()]
+def _storage(size: BlockSize, repeats: int) -> list[dict[str, Any]]:
+    codes = [quantize(basis, bits=4, axis=-2) for basis in _bases(size)]
     plain = [packing.unpack(q.codes, q.length, 4, -2) for q in codes]
     ways: dict[str, Pair] = {
         "two a byte (ours)": (
             lambda x: packing.pack(x, 4, -2),
-            lambda x: packing.unpack(x, 1024, 4, -2).astype(jnp.float32),
+            lambda x: packing.unpack(x, size.width, 4, -2).astype(jnp.float32),
         ),
         "jnp.uint4": (lambda x: x.astype(jnp.uint4), lambda x: x.astype(jnp.float32)),
         "jnp.int4": (
@@ -84,9 +93,11 @@ def _storage(repeats: int) -> list[dict[str, Any]]:
                 "sharded in 8 along its columns": _sharded(stored[0]),
             }
         )
-    best = {key: value[0] * 1e3 for key, value in report.interleaved(steps, repeats).items()}
+    times = report.interleaved(steps, repeats)
     for row in rows:
-        row |= {f"{what}, ms": best[f"{row['storage']}/{what}"] for what in ("decode", "encode")}
+        for what in ("decode", "encode"):
+            best, median = times[f"{row['storage']}/{what}"]
+            row |= {f"{what}, ms": best * 1e3, f"{what}, ms, median": median * 1e3}
     return rows
 
 
@@ -117,7 +128,7 @@ def _sharded(x: jax.Array) -> str:
     return "yes"
 
 
-def _blocks() -> list[dict[str, Any]]:
+def _blocks(size: BlockSize) -> list[dict[str, Any]]:
     def error(decoded: jax.Array, basis: jax.Array) -> float:
         return float(jnp.linalg.norm(decoded - basis) / jnp.linalg.norm(basis))
 
@@ -130,7 +141,7 @@ def _blocks() -> list[dict[str, Any]]:
     }
     rows = []
     for name, way in ways.items():
-        bases = _bases()
+        bases = _bases(size)
         decoded = [way(basis) for basis in bases]
         gram = max(float(jnp.max(jnp.abs(d.T @ d - jnp.eye(d.shape[1])))) for d in decoded)
         rows.append(

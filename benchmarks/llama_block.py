@@ -29,6 +29,8 @@ SIZES = {
     "350M": BlockSize(1024, 2736, 24, 256),
     "1B": BlockSize(2048, 5461, 24, 512),
 }
+# What a trial of a benchmark runs on, to see that it runs.
+TRIAL_SIZES = SIZES | {"tiny": BlockSize(64, 172, 2, 16)}
 
 
 def random_block(size: BlockSize, seed: int) -> dict:

@@ -9,6 +9,7 @@ weights of zero and a learning rate of one. bitsandbytes and torchao join when t
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ import optax
 
 import galore_jax as gj
 from benchmarks import report
+from benchmarks.torch_peers import NOT_INSTALLED
 from examples.llama import config, train
 
 LEAVES = {
@@ -35,23 +37,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
-    peers = {leaf: _optimizers() for leaf in LEAVES}
+    makers, left_out = _optimizers()
+    peers = {leaf: {name: make() for name, (make, _) in makers.items()} for leaf in LEAVES}
     errors: dict[str, dict[str, list[float]]] = {}
     for gradients in _gradients(options.steps):
         for leaf, gradient in gradients.items():
-            updates = {name: peer(gradient) for name, (peer, _) in peers[leaf].items()}
+            updates = {name: peer(gradient) for name, peer in peers[leaf].items()}
             exact = updates.pop("fp32")
             for name, update in updates.items():
                 error = np.linalg.norm(update - exact) / np.linalg.norm(exact)
                 errors.setdefault(name, {}).setdefault(leaf, []).append(float(error))
     rows = []
     for name, by_leaf in errors.items():
-        row: dict[str, Any] = {"moments": name, "bytes per entry": peers["q"][name][1]}
+        row: dict[str, Any] = {"moments": name, "bytes per entry": makers[name][1]}
         for leaf, series in by_leaf.items():
             row |= {f"{leaf}, mean": np.mean(series[WARMUP:]), f"{leaf}, max": max(series[WARMUP:])}
         rows.append(row)
     title = f"Relative error of Adam's update against fp32 moments, {options.steps} steps of tiny"
-    report.publish(title, rows, "moment_accuracy")
+    report.publish(title, rows, "moment_accuracy", left_out)
 
 
 def _gradients(steps: int) -> Iterator[dict[str, np.ndarray]]:
@@ -79,20 +82,27 @@ def _pick(tree: Any, path: tuple[str, ...]) -> np.ndarray:
     return np.asarray(tree[0] if path[0] == "blocks" else tree)
 
 
-def _optimizers() -> dict[str, tuple[Update, float]]:
-    """An update function and the bytes per entry of both moments, by name."""
+def _optimizers() -> tuple[dict[str, tuple[Callable[[], Update], float]], dict[str, str]]:
+    """What is compared.
 
-    def ours(bits: int) -> tuple[Update, float]:
+    Returns:
+      By name what makes an update function, and the bytes per entry of both moments; and the peers
+      that are left out with the reason.
+    """
+
+    def ours(bits: int) -> tuple[Callable[[], Update], float]:
         adam = gj.quantized_state(optax.scale_by_adam(), min_size=1, bits=bits)
-        return _optax(adam), 2 * (bits / 8 + 4 / 256)
+        return functools.partial(_optax, adam), 2 * (bits / 8 + 4 / 256)
 
-    peers = {"fp32": (_optax(optax.scale_by_adam()), 8.0), "galore_jax 8-bit": ours(8)}
-    for name, make in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
+    exact = functools.partial(_optax, optax.scale_by_adam())
+    found = {"fp32": (exact, 8.0), "galore_jax 8-bit": ours(8)}
+    left_out = {}
+    for name, load in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
         try:
-            peers[name] = (make(), 2 * (1 + 4 / 256))
+            found[name] = (load(), 2 * (1 + 4 / 256))
         except ImportError:
-            print(f"{name} is not installed: left out")
-    return peers | {"galore_jax 4-bit": ours(4)}
+            left_out[name] = NOT_INSTALLED
+    return found | {"galore_jax 4-bit": ours(4)}, left_out
 
 
 def _optax(tx: optax.GradientTransformation) -> Update:
@@ -108,18 +118,16 @@ def _optax(tx: optax.GradientTransformation) -> Update:
     return step
 
 
-def _bitsandbytes() -> Update:
-    import bitsandbytes
+def _bitsandbytes() -> Callable[[], Update]:
+    from bitsandbytes.optim import Adam8bit
 
-    return _torch(
-        lambda params: bitsandbytes.optim.Adam8bit(params, lr=1.0, min_8bit_size=1, eps=1e-8)
-    )
+    return functools.partial(_torch, functools.partial(Adam8bit, lr=1.0, min_8bit_size=1, eps=1e-8))
 
 
-def _torchao() -> Update:
+def _torchao() -> Callable[[], Update]:
     from torchao.optim import Adam8bit
 
-    return _torch(lambda params: Adam8bit(params, lr=1.0, block_size=256, eps=1e-8))
+    return functools.partial(_torch, functools.partial(Adam8bit, lr=1.0, block_size=256, eps=1e-8))
 
 
 def _torch(make: Callable[[Any], Any]) -> Update:

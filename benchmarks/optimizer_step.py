@@ -1,10 +1,10 @@
 """Ordinary step and refresh on the matrices of one Llama block, against peers in the same run.
 
-    python -m benchmarks.optimizer_step [--sizes 60M 130M 350M 1B] [--repeats 7]
+    python -m benchmarks.optimizer_step [--sizes 60M 130M 350M] [--repeats 5]
 
 A refresh is the time of a step that recomputes every basis minus that of one that recomputes
 none; `warm` starts from the previous basis, `cold` is the first one. galore-torch and
-pytorch-optimizer join when they are installed.
+pytorch-optimizer join when they are installed. Ratios are of minima.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax as gj
-from benchmarks import report
-from benchmarks.llama_block import SIZES, BlockSize, random_block
+from benchmarks import report, torch_peers
+from benchmarks.llama_block import TRIAL_SIZES, BlockSize, random_block
 
 NEVER = 10**9
 Step = Callable[[], Any]
@@ -27,32 +27,38 @@ Step = Callable[[], Any]
 def main() -> None:
     """Command line program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--sizes", nargs="+", default=["60M", "130M", "350M"], choices=TRIAL_SIZES)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--name", default="optimizer_step", help="of the files in results/")
     options = parser.parse_args()
-    rows = [row for size in options.sizes for row in measure(size, options.repeats)]
-    report.publish("Optimizer step on one Llama block, fp32, milliseconds", rows, options.name)
+    rows, left_out = [], {}
+    for name in options.sizes:
+        found, left_out = measure(name, options.repeats)
+        rows += found
+    title = "Optimizer step on one Llama block, fp32, milliseconds"
+    report.publish(title, rows, options.name, left_out)
 
 
-def measure(name: str, repeats: int) -> list[dict[str, Any]]:
-    """Rows of one block size; ratios are against optax.contrib.galore."""
-    size = SIZES[name]
+def measure(name: str, repeats: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of one block size, against optax.contrib.galore; and the peers that are left out."""
+    size = TRIAL_SIZES[name]
+    theirs, left_out = torch_peers.torch_optimizers(size)
+    optimizers = _optimizers(size) | theirs
     steps: dict[str, Step] = {"two products": _products(size)}
-    for optimizer, pair in _optimizers(size).items():
-        for kind, step in pair.items():
-            steps[f"{optimizer}/{kind}"] = step
-    best = {key: value[0] * 1e3 for key, value in report.interleaved(steps, repeats).items()}
+    for optimizer, kinds in optimizers.items():
+        steps |= {f"{optimizer}/{kind}": step for kind, step in kinds.items()}
+    times = report.interleaved(steps, repeats)
+    best = {key: timing.best * 1e3 for key, timing in times.items()}
+    median = {key: timing.median * 1e3 for key, timing in times.items()}
+
+    def refresh(of: dict[str, float], optimizer: str, kind: str) -> float:
+        return of[f"{optimizer}/{kind}"] - of[f"{optimizer}/ordinary"]
 
     rows = []
-    reference = {
-        kind: best[f"optax.contrib.galore/{kind}"] - ordinary
-        for ordinary in [best["optax.contrib.galore/ordinary"]]
-        for kind in ("warm", "cold")
-    }
-    for optimizer in _optimizers_measured(steps):
+    reference = {kind: refresh(best, "optax.contrib.galore", kind) for kind in ("warm", "cold")}
+    for optimizer in optimizers:
         ordinary = best[f"{optimizer}/ordinary"]
-        warm, cold = (best[f"{optimizer}/{kind}"] - ordinary for kind in ("warm", "cold"))
+        warm, cold = (refresh(best, optimizer, kind) for kind in ("warm", "cold"))
         rows.append(
             {
                 "block": name,
@@ -66,13 +72,12 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
                 "step": ordinary,
                 "warm refresh": warm,
                 "cold refresh": cold,
+                "step, median": median[f"{optimizer}/ordinary"],
+                "warm refresh, median": refresh(median, optimizer, "warm"),
+                "cold refresh, median": refresh(median, optimizer, "cold"),
             }
         )
-    return rows
-
-
-def _optimizers_measured(steps: dict[str, Step]) -> list[str]:
-    return list(dict.fromkeys(key.split("/")[0] for key in steps if "/" in key))
+    return rows, left_out
 
 
 def _optimizers(size: BlockSize) -> dict[str, dict[str, Step]]:
@@ -80,7 +85,7 @@ def _optimizers(size: BlockSize) -> dict[str, dict[str, Step]]:
         return gj.galore(1e-2, size.rank, NEVER, **options)
 
     exact = {"projector": gj.projectors.gram_eigh(), "transport": gj.transport.keep()}
-    pairs = {
+    return {
         "galore_jax": _jax_steps(size, ours(), _make_due),
         "galore_jax side=long": _jax_steps(size, ours(side="long"), _make_due),
         "galore_jax gram_eigh+keep": _jax_steps(size, ours(**exact), _make_due),
@@ -88,11 +93,6 @@ def _optimizers(size: BlockSize) -> dict[str, dict[str, Step]]:
             size, optax.contrib.galore(1e-2, size.rank, NEVER), _rewind
         ),
     }
-    try:
-        from benchmarks.torch_peers import torch_optimizers
-    except ImportError:
-        return pairs
-    return pairs | torch_optimizers(size)
 
 
 def _make_due(state: Any, cold: bool) -> Any:

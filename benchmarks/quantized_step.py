@@ -1,6 +1,6 @@
 """What 8-bit moments, INT4 bases and INT8 weights cost in a step, on one Llama block.
 
-    python -m benchmarks.quantized_step [--sizes 350M] [--repeats 15]
+    python -m benchmarks.quantized_step [--sizes 350M 60M] [--repeats 15]
 
 An ordinary update, without a refresh, and the writing of the weights apart from each other.
 """
@@ -15,7 +15,7 @@ import optax
 
 import galore_jax as gj
 from benchmarks import report
-from benchmarks.llama_block import SIZES, BlockSize, random_block
+from benchmarks.llama_block import TRIAL_SIZES, BlockSize, random_block
 
 NEVER = 10**9
 Step = Callable[[], Any]
@@ -24,7 +24,7 @@ Step = Callable[[], Any]
 def main() -> None:
     """Command line program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["350M"], choices=SIZES)
+    parser.add_argument("--sizes", nargs="+", default=["350M", "60M"], choices=TRIAL_SIZES)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     rows = [row for name in options.sizes for row in measure(name, options.repeats)]
@@ -35,22 +35,23 @@ def main() -> None:
 
 def measure(name: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of one block size, each group against its first."""
-    size = SIZES[name]
+    size = TRIAL_SIZES[name]
     groups = {"tx.update": _updates(size), "apply_updates": _writes(size)}
     steps = {
         f"{group}/{label}": step for group, steps in groups.items() for label, step in steps.items()
     }
-    best = {key: value[0] * 1e3 for key, value in report.interleaved(steps, repeats).items()}
+    times = report.interleaved(steps, repeats)
     rows = []
     for group, labels in groups.items():
-        reference = best[f"{group}/{next(iter(labels))}"]
+        reference = times[f"{group}/{next(iter(labels))}"].best
         rows += [
             {
                 "block": name,
                 "what": group,
                 "variant": label,
-                "times the first": best[f"{group}/{label}"] / reference,
-                "ms": best[f"{group}/{label}"],
+                "times the first": times[f"{group}/{label}"].best / reference,
+                "ms": times[f"{group}/{label}"].best * 1e3,
+                "ms, median": times[f"{group}/{label}"].median * 1e3,
             }
             for label in labels
         ]

@@ -1,12 +1,13 @@
 """Bytes of weights and optimizer state for the Llama presets; nothing is allocated.
 
-    python -m benchmarks.state_bytes
+    python -m benchmarks.state_bytes [--presets 60m 130m 350m 1b 7b]
 
 The papers' figures beside ours are theirs: GaLore, table 2, for AdamW and GaLore (7B: table 3,
 whose GaLore is 8-bit), and Q-GaLore, tables 1 and 2. They are estimates, but for Q-GaLore's 7B,
 which is a measured footprint with activations.
 """
 
+import argparse
 import functools
 from typing import Any
 
@@ -31,11 +32,14 @@ PAPERS = {
 
 def main() -> None:
     """Command line program."""
-    totals = [_totals(name) for name in PAPERS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--presets", nargs="+", default=list(PAPERS), choices=PAPERS)
+    presets = parser.parse_args().presets
+    totals = [_totals(name) for name in presets]
     report.publish("Weights and optimizer state in GB (1e9 bytes), bf16 weights", totals, "memory")
-    parts = [row for name in PAPERS for row in _parts(name)]
+    parts = [row for name in presets for row in _parts(name)]
     report.publish("The same by role, GB", parts, "memory_by_role")
-    states = [_states(name) for name in PAPERS]
+    states = [_states(name) for name in presets]
     report.publish("Optimizer state in GB (1e9 bytes), fp32 moments", states, "state_bytes")
 
 
@@ -73,7 +77,7 @@ def _parts(name: str) -> list[dict[str, Any]]:
             "recipe": recipe,
             "weights": memory.weights / 1e9,
             "projectors": memory.projectors / 1e9,
-            "moments": (memory.inner_state + memory.other_state) / 1e9,
+            "moments": (memory.state - memory.projectors - memory.refresh) / 1e9,
             "refresh": memory.refresh / 1e9,
             "total": memory.total / 1e9,
         }

@@ -23,6 +23,7 @@ from galore_jax.alias import (
 )
 from galore_jax.backward import matmul, projected_value_and_grad
 from galore_jax.describe import describe
+from galore_jax.diagnostics import captured_energy, metrics
 from galore_jax.sharding import init_sharded, state_sharding
 from galore_jax.transforms import (
     LowRankState,
@@ -48,6 +49,7 @@ __all__ = [
     "apply_if_finite",
     "apply_updates",
     "backward",
+    "captured_energy",
     "codecs",
     "describe",
     "galore",
@@ -61,6 +63,7 @@ __all__ = [
     "low_rank_projection",
     "matmul",
     "memory",
+    "metrics",
     "projected_value_and_grad",
     "projectors",
     "q_galore_adamw8bit",

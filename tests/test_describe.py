@@ -26,7 +26,8 @@ FLOAT = 4
 # counters and places among all matrices: one byte, one int32 and one uint32 per matrix.
 HAND = {
     "embed": 2 * 50 * 16 * FLOAT,
-    "layers/up": 3 * (16 * 4 + 2 * 40 * 4) * FLOAT + 3 * (1 + 4 + 4),
+    "layers/up": 3 * (16 * 4 + 2 * 40 * 4) * FLOAT
+    + 3 * (1 + 4 + 4 + 4),  # due, refreshes, overlap, place
     "layers/scale": 2 * 3 * 16 * FLOAT,
     "down": (16 * 4 + 2 * 40 * 4) * FLOAT,
     "bias": 2 * 16 * FLOAT,

@@ -1,21 +1,19 @@
-"""Every example in a docstring, every snippet of the README and the quickstart run."""
+"""Every example in a docstring, every snippet of a page and the quickstart run."""
 
 import doctest
 import importlib
 import pkgutil
 import re
 import runpy
-from pathlib import Path
 
 import pytest
+from documents import PAGES, README, ROOT, name, snippets
 
 import galore_jax
 
-ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(galore_jax.__path__, "galore_jax.")
 )
-README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -36,23 +34,23 @@ def test_docstring_examples_exist():
 
 
 @pytest.mark.standard_promotion
-def test_readme_snippets_run_in_order():
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) >= 7
+@pytest.mark.parametrize("page", list(filter(snippets, PAGES)), ids=name)
+def test_snippets_run_in_order(page):
     namespace: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), namespace)
+    for snippet in snippets(page):
+        exec(compile(snippet, name(page), "exec"), namespace)
+
+
+def test_snippets_exist():
+    assert len(snippets(README)) >= 7
+    assert sum(map(len, map(snippets, PAGES))) >= 30
 
 
 @pytest.mark.parametrize("marker", ["example command", "test command"])
 def test_readme_has_one_line_commands(marker):
-    block = re.search(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, flags=re.DOTALL)
+    text = README.read_text()
+    block = re.search(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", text, flags=re.DOTALL)
     assert block and "\n" not in block[1]
-
-
-def test_readme_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
 
 
 @pytest.mark.standard_promotion

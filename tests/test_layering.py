@@ -15,7 +15,7 @@ LAYERS = [
     {"quant"},
     {"projectors", "refresh", "transport", "codecs"},
     {"transforms"},
-    {"alias", "describe", "backward", "layerwise", "sharding", "memory"},
+    {"alias", "describe", "backward", "layerwise", "sharding", "memory", "diagnostics"},
     {"__init__"},
 ]
 MODULES = sorted(ROOT.rglob("*.py"))

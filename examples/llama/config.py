@@ -49,6 +49,9 @@ class ModelOptions:
     """Recompute activations in the backward pass: less memory, about a third more work."""
     head_chunk: int | None = None
     """Tokens of a sequence whose logits exist at once (default: all): less memory."""
+    attention_chunk: int | None = None
+    """Queries whose attention scores exist at once (default: all): less memory where there is no
+    flash attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,8 @@ class RunOptions:
     """Seed of the parameters, of the order of the data and of random projections."""
     log_every: int = 10
     """Steps between progress lines; metrics.jsonl gets a line for every step all the same."""
+    diagnostics_every: Annotated[int | None, default("a hundredth of the run, at most 100")] = None
+    """Steps between looks at the subspaces of a GaLore optimizer; 0 never looks."""
     eval_every: Annotated[int | None, default("a twentieth of the run, at most 1000")] = None
     """Steps between evaluations."""
     eval_batches: int = 20
@@ -189,6 +194,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     run = _fill(
         config.run,
         run_dir=run_directory(config),
+        diagnostics_every=min(max(schedule.steps // 100, 1), 100),
         eval_every=min(max(schedule.steps // 20, 1), 1000),
         save_every=min(max(schedule.steps // 10, 1), 1000),
     )
@@ -224,6 +230,7 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"--learning-rate {config.schedule.learning_rate}: must be positive")
     for flag, value in {
         "--clip": config.schedule.clip,
+        "--diagnostics-every": config.run.diagnostics_every,
         "--eval-batches": config.run.eval_batches,
         "--weight-decay": config.optimizer.weight_decay,
     }.items():
@@ -234,18 +241,12 @@ def _check(config: TrainConfig) -> None:
             f"--accumulation {config.data.accumulation} does not divide "
             f"--batch-size {config.data.batch_size}"
         )
-    if config.schedule.layerwise and config.data.accumulation > 1:
-        raise ValueError(
-            f"--layerwise with --accumulation {config.data.accumulation}: a layer is updated "
-            "before the next micro-batch is seen. Drop one of them."
-        )
-    if config.model.head_chunk is not None and (
-        config.model.head_chunk < 1 or config.data.seq_len % config.model.head_chunk
-    ):
-        raise ValueError(
-            f"--head-chunk {config.model.head_chunk} does not divide --seq-len "
-            f"{config.data.seq_len}"
-        )
+    for flag, chunk in {
+        "--head-chunk": config.model.head_chunk,
+        "--attention-chunk": config.model.attention_chunk,
+    }.items():
+        if chunk is not None and (chunk < 1 or config.data.seq_len % chunk):
+            raise ValueError(f"{flag} {chunk} does not divide --seq-len {config.data.seq_len}")
     if not 0 <= config.schedule.warmup <= config.schedule.steps:
         raise ValueError(
             f"--warmup {config.schedule.warmup}: must lie between 0 and --steps "
@@ -291,7 +292,7 @@ def identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
 
 
 # The preset is a name for the sizes; how the model computes is not part of what it is.
-_FREE_OF_MODEL = ("preset", "dtype", "remat", "head_chunk")
+_FREE_OF_MODEL = ("preset", "dtype", "remat", "head_chunk", "attention_chunk")
 
 
 def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:

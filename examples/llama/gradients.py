@@ -24,12 +24,14 @@ class Update(NamedTuple):
             projected.
         updates: to be applied.
         opt_state: the optimizer's new state.
+        grads: the gradients, where they were formed in full; else None.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     updates: Any
     opt_state: Any
+    grads: Any = None
 
 
 # (params, opt_state, batch) -> Update
@@ -60,7 +62,7 @@ def from_full_gradients(
         loss, grads = accumulated_value_and_grad(loss_fn, params, batch, micro_batches)
         grads = _poisoned(grads, loss)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return Update(loss, optax.tree.norm(grads), updates, opt_state)
+        return Update(loss, optax.tree.norm(grads), updates, opt_state, grads)
 
     return update
 

@@ -23,12 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend import backend
 
 import galore_jax as gj
-
-ATTENTION = ("auto", "xla", "cudnn")
-CUDNN_MAX_HEAD_DIM = 128  # what every CUDA generation's flash kernel takes
+from examples.llama import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,8 @@ class LlamaConfig:
     param_dtype: Any = jnp.float32
     remat: bool = False  # recompute a layer's activations in the backward pass
     head_chunk: int | None = None  # tokens of a sequence whose logits exist at once; None: all
-    attention: str = "auto"  # or "xla", "cudnn"; see `attend`
+    attention: str = "auto"  # or "xla", "cudnn"; see `attention.attend`
+    attention_chunk: int | None = None  # queries whose scores exist at once; None: all
     activation_sharding: Any = None  # a `NamedSharding` of [B, S, D]; None: the compiler's choice
 
     def __post_init__(self):
@@ -79,8 +77,10 @@ class LlamaConfig:
             if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"{name} must be a floating dtype, got {getattr(self, name)!r}")
             object.__setattr__(self, name, dtype)
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention must be one of {ATTENTION}, got {self.attention!r}")
+        if self.attention not in attention.KERNELS:
+            raise ValueError(
+                f"attention must be one of {attention.KERNELS}, got {self.attention!r}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -105,30 +105,6 @@ def rope(x: jax.Array, theta: float) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def attend(config: LlamaConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention [B, S, heads, head_dim].
-
-    JAX does not choose a kernel by itself, so ``"auto"`` does: cuDNN's flash attention on CUDA in
-    16 bits with a head dimension that it supports, XLA otherwise. It looks at the default backend:
-    to compile for another device, set ``config.attention``.
-    """
-    implementation = config.attention
-    if implementation == "auto":
-        flash = (
-            q.dtype in (jnp.bfloat16, jnp.float16)
-            and config.head_dim % 8 == 0
-            and config.head_dim <= CUDNN_MAX_HEAD_DIM
-            and _is_cuda()
-        )
-        implementation = "cudnn" if flash else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-
-
-def _is_cuda() -> bool:
-    # "gpu" is also the platform of ROCm, which has no cuDNN.
-    return "cuda" in backend.get_backend().platform_version.lower()
 
 
 class Linear(nnx.Module):
@@ -170,8 +146,12 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         heads = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
-        theta = self.config.rope_theta
-        mixed = attend(self.config, rope(q, theta), rope(k, theta), v)
+        theta, kernel, chunk = (
+            self.config.rope_theta,
+            self.config.attention,
+            self.config.attention_chunk,
+        )
+        mixed = attention.attend(rope(q, theta), rope(k, theta), v, kernel=kernel, chunk=chunk)
         return self.o(mixed.reshape(x.shape))
 
 

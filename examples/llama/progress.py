@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,17 +152,18 @@ class MetricsLog:
             )
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Appends the rows; each has a `step`, and numbers under names of their own."""
+        """Appends the rows; each has a `step`, and numbers under names of their own.
+
+        Of a list TensorBoard gets the mean; a name in a group is "group/name" there.
+        """
         try:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
             for row in rows:
-                for name, value in row.items():
-                    if name != "step":
-                        summary = scalar(name, value)
-                        self._events.write_event(
-                            Event(step=row["step"], wall_time=time.time(), summary=summary)
-                        )
+                for name, value in _scalars(row):
+                    self._events.write_event(
+                        Event(step=row["step"], wall_time=time.time(), summary=scalar(name, value))
+                    )
             self._events.flush()
         except OSError as error:
             self._warn(f"numbers could not be written to {self._path.parent}: {error}")
@@ -203,6 +204,23 @@ def _keep_rows(path: Path, last_step: int) -> None:
     replacement.rename(path)
 
 
-def _finite(row: Row) -> Row:
+def _scalars(row: Row, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Everything in a row but its step, as one number each."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            known = [x for x in value if x is not None]
+            if known:
+                yield prefix + name, sum(known) / len(known)
+        elif prefix + name != "step":
+            yield prefix + name, value
+
+
+def _finite(value: Any) -> Any:
     """NaN and infinity are no JSON: they are written as null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,8 +12,10 @@ import optax
 import rich.table
 from matplotlib.figure import Figure
 
+from examples.llama import subspace
+from examples.llama.config import TrainConfig
 from examples.llama.optimizers import is_block_matrix, path_name
-from examples.llama.progress import Row, clock, perplexity
+from examples.llama.progress import Row, clock, perplexity, read_metrics
 from galore_jax.transforms.lenses import find_lenses
 
 
@@ -85,6 +87,20 @@ def bytes_text(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.2f} {unit}"
     return f"{size} B"
+
+
+def draw(settings: TrainConfig, unigram_nats: float) -> None:
+    """The pictures of a run, from its log."""
+    run_dir = settings.run.run_dir
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    name = f"{settings.model.preset}, {settings.optimizer.optimizer}"
+    plot_losses(
+        run_dir / "loss.png",
+        rows,
+        unigram_nats=unigram_nats,
+        title=f"{name}, learning rate {settings.schedule.learning_rate:g}",
+    )
+    subspace.plot(run_dir / "subspace.png", rows, title=f"{name}, rank {settings.optimizer.rank}")
 
 
 def plot_losses(path: Path, rows: list[Row], *, unigram_nats: float, title: str) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax as gj
-from examples.llama.gradients import Batch, LossFn, MakeUpdate, token_weight
+from examples.llama.gradients import Batch, LossFn, MakeUpdate, Update, token_weight
+from examples.llama.windows import layerwise_update
 
 
 class TrainState(NamedTuple):
@@ -22,13 +23,24 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Scalars of one step; `bad_in_a_row` counts the latest consecutive skipped updates."""
+    """Numbers of one step.
+
+    Args:
+        loss: of its batch.
+        grad_norm: of what the optimizer got.
+        learning_rate: of its update.
+        skipped: updates so far.
+        bad_in_a_row: the latest consecutive ones of them.
+        captured: share of each gradient that its subspace holds, on the steps that are looked at;
+            nothing where gradients are not formed in full.
+    """
 
     loss: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
     skipped: jax.Array
     bad_in_a_row: jax.Array
+    captured: dict[str, jax.Array]
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -45,6 +57,7 @@ def make_train_step(
     make_update: MakeUpdate,
     schedule: optax.Schedule,
     *,
+    diagnostics_every: int = 0,
     rounding_key: jax.Array | None = None,
     state_sharding: TrainState | None = None,
 ) -> TrainStep:
@@ -54,6 +67,8 @@ def make_train_step(
     the step; to nearest without it.
 
     With `state_sharding` the new state is where the old one was, and so its buffers serve again.
+
+    Every `diagnostics_every` steps gradients in full are compared with their subspaces; 0 is never.
 
     The optimizer is a `gj.apply_if_finite`: it skips the update when a gradient is not finite, or
     the loss of one.
@@ -71,6 +86,7 @@ def make_train_step(
             learning_rate=rate,
             skipped=made.opt_state.total_notfinite,
             bad_in_a_row=made.opt_state.notfinite_count,
+            captured=_captured(made, state.step + 1, diagnostics_every),
         )
         return TrainState(state.step + 1, params, made.opt_state), metrics
 
@@ -92,6 +108,7 @@ def make_layerwise_step(
     *,
     clip: float | None,
     projected: bool,
+    micro_batches: int = 1,
     rounding_key: jax.Array | None = None,
     state_sharding: TrainState | None = None,
 ) -> TrainStep:
@@ -100,9 +117,10 @@ def make_layerwise_step(
     `tx` is what the other step has inside `gj.apply_if_finite`. The state is the same, so that a
     run can go on with either; but a block whose gradient is not finite is skipped alone.
     """
-    update = gj.layerwise.train_step(
-        *pieces,
+    update = layerwise_update(
+        pieces,
         tx,
+        micro_batches,
         clip_norm=clip,
         **({"pullback": gj.backward.pullback} if projected else {}),
     )
@@ -125,10 +143,32 @@ def make_layerwise_step(
             learning_rate=rate,
             skipped=guard.total_notfinite,
             bad_in_a_row=guard.notfinite_count,
+            captured={},
         )
         return TrainState(state.step + 1, params, guard), metrics
 
     return _compiled(train_step, state_sharding)
+
+
+def _captured(made: Update, number: jax.Array, every: int) -> dict[str, jax.Array]:
+    """What the subspaces that gradients were just projected onto hold of them; or zeros."""
+    if not every or made.grads is None:
+        return {}
+
+    def look() -> dict[str, jax.Array]:
+        return gj.captured_energy(made.grads, made.opt_state)
+
+    def look_away() -> dict[str, jax.Array]:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(look))
+
+    return jax.lax.cond(number % every == 0, look, look_away)
+
+
+def make_diagnosis(
+    state_sharding: TrainState | None = None,
+) -> Callable[[Any], dict[str, gj.diagnostics.SubspaceMetrics]]:
+    """From an optimizer state to what it knows of its subspaces, the same on all devices."""
+    return jax.jit(gj.metrics, out_shardings=state_sharding and state_sharding.step)
 
 
 def _compiled(train_step: Callable[..., Any], state_sharding: TrainState | None) -> Any:

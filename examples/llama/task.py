@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -58,7 +58,12 @@ class Task(NamedTuple):
                 projected=projected,
                 micro_batches=self.settings.data.accumulation,
             )
-            return step.make_train_step(update, self.schedule, **rest)
+            return step.make_train_step(
+                update,
+                self.schedule,
+                diagnostics_every=self.settings.run.diagnostics_every,
+                **rest,
+            )
         pieces = step.Pieces(
             embed=lambda params, batch: model.embed(self.llama, params, batch["inputs"]),
             block=functools.partial(model.block, self.llama),
@@ -69,7 +74,13 @@ class Task(NamedTuple):
         )
         clip = self.settings.schedule.clip or None
         return step.make_layerwise_step(
-            pieces, tx, self.schedule, clip=clip, projected=projected, **rest
+            pieces,
+            tx,
+            self.schedule,
+            clip=clip,
+            projected=projected,
+            micro_batches=self.settings.data.accumulation,
+            **rest,
         )
 
     def training(self, position: object) -> feed.Training:
@@ -103,14 +114,19 @@ def make_task(settings: config.TrainConfig) -> Task:
         settings.optimizer, schedule, clip=settings.schedule.clip, seed=settings.run.seed
     )
 
-    def new_state() -> step.TrainState:
+    def draw() -> Any:
         params = model.init(llama, jax.random.key(settings.run.seed))
-        if settings.model.weights == "int8":
-            params = gj.quant.quantize_params(params)
-        return step.init_state(params, tx)
+        return gj.quant.quantize_params(params) if settings.model.weights == "int8" else params
 
-    abstract = jax.eval_shape(new_state)
+    begin = functools.partial(step.init_state, tx=tx)
+    abstract = jax.eval_shape(lambda: begin(draw()))
     sharding = mesh.state_sharding(devices, tx, abstract)
+
+    def new_state() -> step.TrainState:
+        # In two programs: one of them would hold the drawn weights beside everything else.
+        params = jax.jit(draw, out_shardings=sharding.params)()
+        return jax.jit(begin, donate_argnums=0, out_shardings=sharding)(params)
+
     return Task(
         settings,
         corpus,
@@ -125,5 +141,5 @@ def make_task(settings: config.TrainConfig) -> Task:
             sharding,
         ),
         batch_sharding=batch_sharding,
-        new_state=jax.jit(new_state, out_shardings=sharding),
+        new_state=new_state,
     )

@@ -33,6 +33,7 @@ from examples.llama import (
     progress,
     report,
     step,
+    subspace,
 )
 from examples.llama.task import Task, make_task
 
@@ -124,7 +125,7 @@ def train(
         saved = checkpoints.wait()
 
         if stop.agreed:
-            return pause(stop.agreed, end, saved, display, settings)
+            return pause(stop.agreed, task, end, saved, display)
         host.from_leader(lambda: finish(task, end, display))
         return FINISHED if saved else FAILED
 
@@ -147,6 +148,20 @@ class Progress(NamedTuple):
     timed_tokens: int = 0
     timed_seconds: float = 0.0
     data: Any = None
+
+
+class Done(NamedTuple):
+    """A step that is not in the log yet.
+
+    Args:
+        progress: after it.
+        metrics: its numbers.
+        subspaces: what `gj.metrics` said after it; nothing on most steps.
+    """
+
+    progress: Progress
+    metrics: step.Metrics
+    subspaces: dict[str, gj.diagnostics.SubspaceMetrics]
 
 
 class Position(NamedTuple):
@@ -205,12 +220,15 @@ def fit(
     )
     began = time.monotonic() - start.progress.elapsed
     state, done = start
-    unlogged: list[tuple[Progress, step.Metrics]] = []
+    diagnose = step.make_diagnosis(task.state_sharding)
+    unlogged: list[Done] = []
 
     for number in range(done.step + 1, steps + 1):
         state, metrics = train_step(state, next(batches))
         done = done._replace(step=number, tokens=done.tokens + tokens_per_step)
-        unlogged.append((done, metrics))
+        looking = settings.run.diagnostics_every and number % settings.run.diagnostics_every == 0
+        subspaces = diagnose(state.opt_state) if looking else {}
+        unlogged.append(Done(done, metrics, subspaces))
         if number == start.progress.step + 1:
             jax.block_until_ready(metrics)  # compilation is over: from here on time counts
             watch.start(number)
@@ -251,16 +269,19 @@ def fit(
 
 
 def log_steps(
-    log: progress.MetricsLog | progress.NoLog,
-    steps: list[tuple[Progress, step.Metrics]],
-    tokens_per_second: float,
+    log: progress.MetricsLog | progress.NoLog, steps: list[Done], tokens_per_second: float
 ) -> list[progress.Row]:
     """Writes a row for each step; returns the rows."""
     rows = [
-        {"step": done.step, "tokens": done.tokens}
-        | {name: x.item() for name, x in metrics._asdict().items()}
+        {"step": done.progress.step, "tokens": done.progress.tokens}
+        | {name: x.item() for name, x in done.metrics._asdict().items() if name != "captured"}
         | {"tokens_per_second": tokens_per_second}
-        for done, metrics in steps
+        | (
+            {"subspace": subspace.reading(done.subspaces, done.metrics.captured)}
+            if done.subspaces
+            else {}
+        )
+        for done in steps
     ]
     log.write(rows)
     return rows
@@ -278,14 +299,14 @@ def check_finite(rows: list[progress.Row], run: config.RunOptions) -> None:
             )
 
 
-def pause(
-    received: int,
-    end: Position,
-    saved: bool,
-    display: progress.Display,
-    settings: config.TrainConfig,
-) -> int:
-    """Says how to go on after a signal; returns the exit status."""
+def pause(received: int, task: Task, end: Position, saved: bool, display: progress.Display) -> int:
+    """Says how to go on after a signal, and shows how far it went; returns the exit status."""
+    settings = task.settings
+    if host.leads():
+        try:
+            report.draw(settings, task.corpus.unigram_nats)
+        except OSError as error:
+            display.warn(f"the pictures could not be drawn: {error}")
     name = signal.Signals(received).name
     if not saved:
         display.warn(f"{name}: stopped at step {end.progress.step}, which could not be saved")
@@ -299,7 +320,7 @@ def pause(
 
 
 def finish(task: Task, end: Position, display: progress.Display) -> None:
-    """Summary, picture and closing table."""
+    """Summary, pictures and closing table."""
     settings, run_dir = task.settings, task.settings.run.run_dir
     rows = progress.read_metrics(run_dir / "metrics.jsonl")
     valid = [row["valid_loss"] for row in rows if "valid_loss" in row]
@@ -323,13 +344,7 @@ def finish(task: Task, end: Position, display: progress.Display) -> None:
         "devices": task.devices,
         "config": config.to_json(settings),
     }
-    report.plot_losses(
-        run_dir / "loss.png",
-        rows,
-        unigram_nats=task.corpus.unigram_nats,
-        title=f"{settings.model.preset}, {settings.optimizer.optimizer}, "
-        f"learning rate {settings.schedule.learning_rate:g}",
-    )
+    report.draw(settings, task.corpus.unigram_nats)
     host.write_json(run_dir / "summary.json", summary)
     display.console.print(report.summary_table(summary))
 

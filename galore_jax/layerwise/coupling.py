@@ -13,7 +13,7 @@ from jax.extend import core
 
 from galore_jax.layerwise.reach import POSITION, RANDOM, Reach, reach
 from galore_jax.layerwise.slices import LayerAxes, at_depth, num_layers, same_structure
-from galore_jax.transforms import LowRankState
+from galore_jax.transforms import AccumulateState, LowRankState
 from galore_jax.transforms.lenses import find_lenses
 
 _REMEDIES = (
@@ -65,8 +65,8 @@ def check_uncoupled(
 ) -> Reads:
     """Makes sure that a block can be updated when only its own gradient is there.
 
-    Looks at the traced program of ``tx.update``, on a step on which no lens refreshes: bases are
-    found matrix by matrix, but in a loop over all of them that are due.
+    Looks at the traced program of ``tx.update``, on a step on which no basis moves: bases are found
+    and taken over matrix by matrix, but under one condition for all of them.
 
     Args:
       tx: The transformation.
@@ -100,7 +100,7 @@ def check_uncoupled(
         [
             *(Reach() for _ in _SCALARS),
             *map(_gradient, gradients),
-            *map(_read, states, _is_due(state)),
+            *map(_read, states, _is_moving(state)),
             *map(_read, _places(params, blocks)),
         ],
         layers,
@@ -190,19 +190,24 @@ def _places(tree: Any, blocks: str) -> list[_Place]:
     return [_Place(n, 0 if own else None) for n, own in zip(_names(tree), inside, strict=True)]
 
 
-def _is_due(state: Any) -> list[bool]:
-    """Per array of a state whether it says that a basis is to be refreshed."""
+def _is_moving(state: Any) -> list[bool]:
+    """Per array of a state whether it says that a basis is to be refreshed, or has been."""
 
     def mark(node: Any) -> Any:
-        if not isinstance(node, LowRankState):
-            return False
         marked = jax.tree.map(lambda _: False, node)
-        due = jax.tree.map(lambda _: True, node.refresh_state.due)
-        return marked._replace(refresh_state=marked.refresh_state._replace(due=due))
+        if isinstance(node, LowRankState):
+            due = jax.tree.map(lambda _: True, node.refresh_state.due)
+            return marked._replace(refresh_state=marked.refresh_state._replace(due=due))
+        if isinstance(node, AccumulateState):
+            moved = jax.tree.map(lambda _: True, node.moved)
+            return marked._replace(moved=moved, opt_state=marks(node.opt_state))
+        return marked
 
-    return jax.tree.leaves(
-        jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, LowRankState))
-    )
+    def marks(tree: Any) -> Any:
+        known = (LowRankState, AccumulateState)
+        return jax.tree.map(mark, tree, is_leaf=lambda node: isinstance(node, known))
+
+    return jax.tree.leaves(marks(state))
 
 
 def _names(tree: Any) -> list[str]:

@@ -19,23 +19,28 @@ from galore_jax.layerwise.slices import (
     state_axes,
 )
 from galore_jax.layerwise.walk import Layer
+from galore_jax.transforms.lenses import with_configs
 
 
 def inspector(
     tx: optax.GradientTransformationExtraArgs, *, blocks: str, layers_alone: bool
-) -> Callable[[Layer], tuple[LayerAxes, Reads]]:
-    """A function from parameters and state to their layer axes and what the update reads.
+) -> Callable[[Layer], tuple[Layer, LayerAxes, Reads]]:
+    """A function from parameters and state to what a step needs.
 
-    It raises what `train_step` raises, and looks at each combination of shapes once.
+    That is the two of them, with the options of `tx` in the state; their layer axes; and what the
+    update reads. It raises what `train_step` raises, and looks at each combination of shapes once.
     """
     seen: dict[Any, tuple[LayerAxes, Reads]] = {}
 
-    def inspect(whole: Layer) -> tuple[LayerAxes, Reads]:
+    def inspect(given: Layer) -> tuple[Layer, LayerAxes, Reads]:
+        params_axes(given.params, blocks)
+        check_floating(given.params)
+        whole = given._replace(opt_state=with_configs(given.opt_state, tx, given.params))
         leaves, treedef = jax.tree.flatten(whole)
         signature = treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         if signature not in seen:
             seen[signature] = _inspect(tx, whole, blocks, layers_alone)
-        return seen[signature]
+        return whole, *seen[signature]
 
     return inspect
 
@@ -44,7 +49,6 @@ def _inspect(
     tx: optax.GradientTransformationExtraArgs, whole: Layer, blocks: str, layers_alone: bool
 ) -> tuple[LayerAxes, Reads]:
     params = params_axes(whole.params, blocks)
-    check_floating(whole.params)
     state = state_axes(tx, whole.params, blocks)
     depth = num_layers(whole.params, blocks)
     check_unchanged(jax.eval_shape(tx.init, at_depth(whole.params, blocks, depth)), whole.opt_state)

@@ -8,7 +8,7 @@ import jax
 
 from galore_jax.layerwise.coupling import Reads
 from galore_jax.layerwise.reach import Reach, reach
-from galore_jax.layerwise.walk import Layer, Model
+from galore_jax.layerwise.walk import Layer, Model, together
 from galore_jax.views.leaves import flatten_leaves, leaf_paths
 
 
@@ -24,6 +24,19 @@ class Early(NamedTuple):
 
     names: frozenset[str]
     arrays: tuple[bool, ...]
+
+    def before(self, early: Layer, cotangent: Any) -> tuple[Layer, Any]:
+        """Both unchanged, but the cotangent is there no sooner than the update.
+
+        The compiler would be free to keep the gradients for an update after the walk.
+        """
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(early)
+        known = [x for x, soon in zip(leaves, self.arrays, strict=True) if soon]
+        known, cotangent = together((known, cotangent))
+        given = iter(known)
+        joined = [next(given) if soon else x for x, soon in zip(leaves, self.arrays, strict=True)]
+        return treedef.unflatten(joined), cotangent
 
     def merge(self, early: Layer, late: Layer) -> Layer:
         """The arrays of two updates, each from where all its gradients were there."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from galore_jax.layerwise.devices import devices_of
 from galore_jax.quant.differentiate import probes_of, with_probes
 
 # Cotangent of the output -> gradient of the parameters, cotangents of the inputs.
@@ -25,7 +26,7 @@ def pullback(
     """The output of `fn`, and the function that takes its cotangent back.
 
     The seam for other ways of taking a gradient: what a backward pass that projects needs to know
-    is in `opt_state` and `layer`, which are not looked at here.
+    is in `opt_state` and `layer`. Here that is only whether gradients are local to a device.
 
     Args:
       fn: ``fn(params, *inputs)``. Multiplies with `galore_jax.matmul` where a parameter is a
@@ -39,9 +40,10 @@ def pullback(
       The output, and a function from its cotangent to the gradients. That of the parameters has
       their logical shapes and dtypes.
     """
-    del opt_state, layer
+    del layer
+    probes = devices_of(opt_state).varying(probes_of(params))
 
     def of_probes(probes: Any, *inputs: Any) -> Any:
         return fn(with_probes(params, probes), *inputs)
 
-    return jax.vjp(of_probes, probes_of(params), *inputs)
+    return jax.vjp(of_probes, probes, *inputs)

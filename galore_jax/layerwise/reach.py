@@ -35,8 +35,8 @@ _RANDOM = frozenset(
 )
 _ZERO_IF_ALL_ARE = frozenset(
     """
-    add broadcast_in_dim concatenate convert_element_type copy max mesh_cast or reduce_max reduce_or
-    reduce_sum reshape reshard sharding_constraint slice squeeze stack transpose
+    add broadcast_in_dim concatenate convert_element_type copy max mesh_cast ne or pvary reduce_max
+    reduce_or reduce_sum reshape reshard sharding_constraint slice squeeze stack transpose
     """.split()  # noqa: SIM905
 )
 
@@ -100,14 +100,20 @@ def _results(eqn: Any, operands: list[Reach], layers: int) -> list[Reach]:
         return [operands[1]]
     if name == "and" and any(operand.zero for operand in operands):
         return [Reach(zero=True)]
-    if name in _ZERO_IF_ALL_ARE and all(operand.zero for operand in operands):
-        return [Reach(zero=True)]
     result = _combined(eqn, operands, layers)
+    if _is_zero(name, operands):
+        return [dataclasses.replace(result, zero=True)]
     if name in _RANDOM:
         result = dataclasses.replace(result, outside=result.outside | {RANDOM})
     if name == "iota" and 1 < layers == eqn.params["shape"][eqn.params["dimension"]]:
         result = dataclasses.replace(result, outside=result.outside | {POSITION})
     return [_with_symbol(result, eqn, var, operands) for var in eqn.outvars]
+
+
+def _is_zero(name: str, operands: list[Reach]) -> bool:
+    if name == "mul":
+        return any(operand.zero for operand in operands)  # of what is finite
+    return name in _ZERO_IF_ALL_ARE and all(operand.zero for operand in operands)
 
 
 def _combined(eqn: Any, operands: list[Reach], layers: int) -> Reach:

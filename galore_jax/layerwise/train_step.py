@@ -18,6 +18,8 @@ from galore_jax.layerwise.clipping import (
     square_sum,
     squares_by_path,
 )
+from galore_jax.layerwise.devices import Devices, devices_of
+from galore_jax.layerwise.guard import guard_for
 from galore_jax.layerwise.inspection import inspector
 from galore_jax.layerwise.outside import known_early
 from galore_jax.layerwise.pullback import Pullback, pullback
@@ -30,11 +32,13 @@ class Metrics(NamedTuple):
     """What a step reports.
 
     Args:
-      loss: The loss before the step.
-      grad_norm: Global norm of the gradient, before clipping.
+      loss: The loss before the step, the mean over devices.
+      grad_norm: Global norm of the gradient, before clipping. Of several devices: of their mean, if
+        that is clipped; else the root of the mean of their squares, which is not below it.
       skipped: int32, how many updates were skipped because something was not finite: each block
         counts one, and everything outside them one.
-      aux: What else the head returned; None without ``has_aux``.
+      aux: What else the head returned, floating arrays averaged over devices; None without
+        ``has_aux``.
     """
 
     loss: jax.Array
@@ -80,6 +84,13 @@ def train_step(
       jax.jit(step, donate_argnums=(0, 1), compiler_options={
           "xla_cpu_copy_insertion_use_region_analysis": True})   # on a CPU only
 
+    With `galore_jax.accumulate` around all of `tx` every call is a micro-batch. A block adds its
+    projected gradient to its sums, and is updated on the last call of a window.
+
+    In `jax.shard_map` or `jax.pmap`, where every device has a share of the batch, give the lenses
+    of `tx` an `axis_name`. They reduce what they reduce in an ordinary step; leaves that no such
+    lens sees, the loss and what is reported are averaged here. All devices skip together.
+
     Args:
       embed: ``(params, batch) -> x``, where `params` is everything outside the blocks and `x` holds
         floating arrays.
@@ -92,11 +103,14 @@ def train_step(
       has_aux: Whether `head` returns a pair.
       clip_norm: Clips by the global norm of this step's gradient, as `optax.clip_by_global_norm` in
         front of `tx` would. It has to be known before the first update, so that the blocks are
-        walked twice. `layerwise.clip_by_previous_norm` needs no second walk.
+        walked twice, and between devices gradients are reduced as they are, not projected (unless
+        `pullback` projects). `layerwise.clip_by_previous_norm` needs neither. In a window it clips
+        each micro-batch by itself.
       skip_nonfinite: A step whose loss is not finite changes nothing. With a finite loss, a block
         keeps its parameters and its state if its own gradient is not finite, and so does, together,
-        what is outside the blocks; counts advance. With `clip_norm` the norm is known in time: if
-        it is not finite, nothing changes. `optax.apply_if_finite` would need all gradients.
+        what is outside the blocks; counts advance. In a window such a gradient counts as zero
+        instead. With `clip_norm` the norm is known in time: if it is not finite, nothing changes.
+        `optax.apply_if_finite` would need all gradients.
       layers_alone: Accept a `tx` that mixes the layers of a leaf (`optax.clip_by_block_rms`, trust
         ratios), and apply it to each layer alone: what it does to layers that are not stacked.
       pullback: How the gradient of each piece is taken. `galore_jax.backward.pullback` never forms
@@ -136,21 +150,25 @@ def train_step(
     if clip_norm is not None:
         check_max_norm("clip_norm", clip_norm)
     tx = optax.with_extra_args_support(tx)
-    model = Model(embed, block, head, blocks, has_aux, pullback)
     inspect = inspector(tx, blocks=blocks, layers_alone=layers_alone)
     is_finite = jnp.isfinite if skip_nonfinite else _always
-    find_factor = _no_factor if clip_norm is None else functools.partial(_factor, clip_norm)
+    find_clip = _no_clip if clip_norm is None else functools.partial(_exact_clip, clip_norm)
 
     def step(
         params: Any, opt_state: Any, batch: Any, key: jax.Array | None = None
     ) -> tuple[Any, Any, Metrics]:
-        whole = Layer(params, opt_state)
-        axes, reads = inspect(whole)
+        whole, axes, reads = inspect(Layer(params, opt_state))
         stacked, first = axes.stacked(whole), axes.slice(whole, 0)
-        update = functools.partial(updated, tx, reads, key)
+        guard, devices = guard_for(whole.opt_state), devices_of(whole.opt_state)
+        model = Model(embed, block, head, blocks, has_aux, devices.local(pullback))
         passed = forward(model, params[blocks], first, batch)
-        factor = find_factor(model, passed, functools.partial(axes.slice, whole))
-        healthy = is_finite(passed.loss) & is_finite(factor)
+        loss, aux = devices.reported((passed.loss, passed.aux))
+        clip = find_clip(devices, model, passed, functools.partial(axes.slice, whole))
+        healthy = is_finite(loss) & is_finite(clip.factor)
+
+        def update(here: Layer, gradients: Any, finite: Finite, **options: Any) -> Layer:
+            gradients, finite = guard(scaled(devices.left_over(gradients), clip.factor), finite)
+            return updated(tx, reads, key, here, gradients, finite=finite, **options)
 
         def finite(squares: dict[str, jax.Array]) -> Finite:
             return lambda names: _all(
@@ -158,21 +176,18 @@ def train_step(
             )
 
         soon = known_early(model, reads, first, batch)
-        squares = squares_by_path(model.outer(passed.outer), soon.names)
-        early = update(first, scaled(passed.outer, factor), finite=finite(squares))
+        squares = devices.reported(squares_by_path(model.outer(passed.outer), soon.names))
+        early = update(first, passed.outer, finite(squares))
+        early, cotangent = soon.before(early, passed.cotangent)
+        passed = passed._replace(cotangent=cotangent)
 
         def layer_of(carry: _Carry, number: jax.Array) -> Layer:
             return axes.joined(whole, axes.cut(carry.stacked, number))
 
         def visit(carry: _Carry, number: jax.Array, here: Layer, gradients: Any) -> _Carry:
-            square = square_sum(gradients[blocks])
+            square = devices.mean(square_sum(gradients[blocks]))
             fine = healthy & is_finite(square)
-            new = update(
-                here,
-                scaled(gradients, factor),
-                layer=number,
-                finite=lambda names: fine if names else healthy,
-            )
+            new = update(here, gradients, lambda names: fine if names else healthy, layer=number)
             return _Carry(
                 axes.paste(carry.stacked, axes.stacked(new), number),
                 carry.squares + square,
@@ -184,17 +199,14 @@ def train_step(
         carry, gradients = backward(model, passed, start, layer_of, visit)
 
         outside = model.outer(gradients)
-        squares = squares | squares_by_path(outside, set(leaf_paths(outside)) - soon.names)
-        norm = jnp.sqrt(sum(squares.values(), start=carry.squares))
-        late = update(
-            layer_of(carry, jnp.zeros((), jnp.int32)),
-            scaled(gradients, factor),
-            norm=norm,
-            finite=finite(squares),
-        )
+        late_names = set(leaf_paths(outside)) - soon.names
+        squares = squares | devices.reported(squares_by_path(outside, late_names))
+        norm = clip.norm_or(jnp.sqrt(sum(squares.values(), start=carry.squares)))
+        final = layer_of(carry, jnp.zeros((), jnp.int32))
+        late = update(final, gradients, finite(squares), norm=norm)
         params, opt_state = axes.joined(soon.merge(early, late), carry.stacked)
         skipped = carry.skipped + ~finite(squares)(frozenset(squares))
-        return params, opt_state, Metrics(passed.loss, norm, skipped, passed.aux)
+        return params, opt_state, Metrics(loss, norm, skipped, aux)
 
     return step
 
@@ -207,26 +219,39 @@ class _Carry(NamedTuple):
     skipped: jax.Array
 
 
-def _no_factor(model: Model, passed: Forward, layer_at: Callable[[jax.Array], Layer]) -> jax.Array:
-    del model, layer_at
-    return jnp.ones_like(passed.loss)
+class _Clip(NamedTuple):
+    """What multiplies every gradient, and the norm that this is from, if it has been taken."""
+
+    factor: jax.Array
+    norm: jax.Array | None = None
+
+    def norm_or(self, other: jax.Array) -> jax.Array:
+        return other if self.norm is None else self.norm
 
 
-def _factor(
-    max_norm: float, model: Model, passed: Forward, layer_at: Callable[[jax.Array], Layer]
-) -> jax.Array:
-    """What clips this gradient, from a walk that changes nothing; NaN if it is not finite."""
+_LayerAt = Callable[[jax.Array], Layer]
+
+
+def _no_clip(devices: Devices, model: Model, passed: Forward, layer_at: _LayerAt) -> _Clip:
+    del devices, model, layer_at
+    return _Clip(jnp.ones((), passed.loss.dtype))
+
+
+def _exact_clip(
+    max_norm: float, devices: Devices, model: Model, passed: Forward, layer_at: _LayerAt
+) -> _Clip:
+    """From a walk that changes nothing; the factor is NaN if the norm is not finite."""
 
     def visit(squares: jax.Array, number: jax.Array, here: Layer, gradients: Any) -> jax.Array:
         del number
-        return squares + square_sum(gradients[model.blocks])
+        return squares + devices.square_sum(gradients[model.blocks])
 
     dtype = norm_dtype(passed.outer)
     squares, outer = backward(
         model, passed, jnp.zeros((), dtype), lambda _, number: layer_at(number), visit
     )
-    norm = jnp.sqrt(squares + square_sum(model.outer(outer)))
-    return jnp.where(jnp.isfinite(norm), clip_factor(norm, max_norm), jnp.nan)
+    norm = jnp.sqrt(squares + devices.square_sum(model.outer(outer)))
+    return _Clip(jnp.where(jnp.isfinite(norm), clip_factor(norm, max_norm), jnp.nan), norm)
 
 
 def _always(x: jax.Array) -> jax.Array:

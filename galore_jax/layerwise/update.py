@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +50,18 @@ def updated(
         gradients, here.opt_state, here.params, layer=layer, grad_norm=norm
     )
     check_unchanged(here.opt_state, opt_state)
-    leaves, _ = flatten_leaves(updates)
-    _check_shapes(leaf_paths(updates), leaves, here.params)
-    healthy = [
-        _where(finite(reads.updates[path]), update)
-        for path, update in zip(leaf_paths(updates), leaves, strict=True)
+    _check_shapes(updates, here.params)
+    # Chosen among parameters: zeros in the place of an update would take the memory of one.
+    params = [
+        jax.tree.map(
+            functools.partial(jnp.where, finite(reads.updates.get(path, frozenset()))), new, before
+        )
+        for path, new, before in zip(
+            leaf_paths(here.params),
+            flatten_leaves(apply_updates(here.params, updates, key=key, layer=layer))[0],
+            flatten_leaves(here.params)[0],
+            strict=True,
+        )
     ]
     old, treedef = jax.tree.flatten(here.opt_state)
     kept = [
@@ -61,15 +69,15 @@ def updated(
         for names, new, before in zip(reads.state, jax.tree.leaves(opt_state), old, strict=True)
     ]
     return Layer(
-        apply_updates(here.params, rebox(updates, healthy), key=key, layer=layer),
+        rebox(here.params, params),
         jax.tree.unflatten(treedef, kept),
     )
 
 
-def _check_shapes(paths: list[str], updates: list[Any], params: Any) -> None:
+def _check_shapes(updates: Any, params: Any) -> None:
     """Raises if an update has grown: by an array for all layers, in the transformation itself."""
     shapes = dict(zip(leaf_paths(params), map(abstract, flatten_leaves(params)[0]), strict=True))
-    for path, update in zip(paths, updates, strict=True):
+    for path, update in zip(leaf_paths(updates), flatten_leaves(updates)[0], strict=True):
         if jnp.shape(update) != shapes[path].shape:
             raise ValueError(
                 f"the update of {path!r} has shape {jnp.shape(update)} where its parameter has "
@@ -77,7 +85,3 @@ def _check_shapes(paths: list[str], updates: list[Any], params: Any) -> None:
                 "one layer at a time. Keep the array in its state, or pick its entry by the extra "
                 "argument `layer` of update."
             )
-
-
-def _where(finite: jax.Array, update: jax.Array) -> jax.Array:
-    return jnp.where(finite, update, jnp.zeros_like(update))

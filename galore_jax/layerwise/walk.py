@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_jax import mapped
 from galore_jax.layerwise.pullback import Pull, Pullback
 from galore_jax.quant.differentiate import probes_of, with_probes
 
@@ -126,11 +127,12 @@ def backward(
         here = layer_of(carry, number)
         _, pull = model.pullback(model.apply_block, *here, x, layer=number)
         gradients, cotangent = pull(cotangent)
+        # The layer is cut out again for its update, so that nothing is kept for it meanwhile. And
         # XLA's CPU backend otherwise folds the transposition of a bf16 gradient into a projection,
         # and then cannot run that product.
-        own = jax.lax.optimization_barrier(gradients[model.blocks])
+        own, number = together((gradients[model.blocks], number))
         gradients = {**gradients, model.blocks: own}
-        return (cotangent, visit(carry, number, here, gradients)), None
+        return (cotangent, visit(carry, number, layer_of(carry, number), gradients)), None
 
     length = jax.tree.leaves(passed.inputs)[0].shape[0]
     (cotangent, carry), _ = jax.lax.scan(
@@ -139,8 +141,23 @@ def backward(
         (jnp.arange(length, dtype=jnp.int32), passed.inputs),
         reverse=True,
     )
-    (by_embed,) = passed.pull_embed(cotangent)
+    # In a branch: the zeros that rows are added to would otherwise be there during the whole walk.
+    (by_embed,) = jax.lax.cond(
+        jax.lax.optimization_barrier(True),
+        passed.pull_embed,
+        lambda x: jax.tree.map(jnp.zeros_like, jax.eval_shape(passed.pull_embed, x)),
+        cotangent,
+    )
     return carry, jax.tree.map(jnp.add, passed.outer, by_embed)
+
+
+def together(tree: Any) -> Any:
+    """`tree`, of which nothing is known before all of it; but what devices share they still do."""
+    return jax.tree.map(
+        lambda now, before: before if mapped.varying_axes(now, before) else now,
+        jax.lax.optimization_barrier(tree),
+        tree,
+    )
 
 
 def _no_cotangent(x: jax.Array) -> Any:

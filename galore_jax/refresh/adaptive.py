@@ -98,6 +98,11 @@ class adaptive(RefreshPolicy):
             ),
         )
 
+    def gaps(self, places, memory):
+        treedef: Any = jax.tree.structure(memory.gap)
+        gaps = treedef.flatten_up_to(memory.gap)
+        return [None if place is None else gap for place, gap in zip(places, gaps, strict=True)]
+
     def decide(self, count, places, memory, moves):
         treedef: Any = jax.tree.structure(memory.gap)
         gaps, similarities = (treedef.flatten_up_to(tree) for tree in memory)

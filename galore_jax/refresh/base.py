@@ -61,6 +61,20 @@ class RefreshPolicy(abc.ABC):
         del treedef, places
         return ()
 
+    def gaps(self, places: list[jax.Array | None], memory: Any) -> list[jax.Array | None]:
+        """Steps between two refreshes of each matrix, as things are now.
+
+        Args:
+          places: See `places_of`.
+          memory: What `init` or `decide` returned.
+
+        Returns:
+          ``int32[*batch]`` per projected leaf (None elsewhere); zero where nobody can say, which is
+          what a policy without a gap inherits.
+        """
+        del memory
+        return same_gap(0, places)
+
     @abc.abstractmethod
     def decide(
         self,
@@ -81,6 +95,11 @@ class RefreshPolicy(abc.ABC):
         Returns:
           ``bool[*batch]`` per projected leaf (None elsewhere), and the new memory.
         """
+
+
+def same_gap(gap: int, places: list[jax.Array | None]) -> list[jax.Array | None]:
+    """One gap for all matrices."""
+    return [None if place is None else jnp.full(place.shape, gap, jnp.int32) for place in places]
 
 
 def check_gap(gap: Any) -> None:

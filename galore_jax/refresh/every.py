@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from galore_jax.refresh.base import RefreshPolicy, check_gap
+from galore_jax.refresh.base import RefreshPolicy, check_gap, same_gap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,10 @@ class every(RefreshPolicy):
 
     def __post_init__(self):
         check_gap(self.gap)
+
+    def gaps(self, places, memory):
+        del memory
+        return same_gap(self.gap, places)
 
     def decide(self, count, places, memory, moves):
         del moves

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.refresh.base import RefreshPolicy, check_gap
+from galore_jax.refresh.base import RefreshPolicy, check_gap, same_gap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,10 @@ class staggered(RefreshPolicy):
 
     def __post_init__(self):
         check_gap(self.gap)
+
+    def gaps(self, places, memory):
+        del memory
+        return same_gap(self.gap, places)
 
     def decide(self, count, places, memory, moves):
         del moves

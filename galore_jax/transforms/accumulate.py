@@ -32,7 +32,7 @@ def accumulate(
     basis that is due is computed from the first micro-batch of a window and serves all of it. What
     stands in front of a lens in `tx` (a clip by global norm) sees projected gradients; what returns
     its input on some steps (`optax.apply_if_finite`, unlike ours) goes around `accumulate`. Without
-    a lens in `tx` all buffers have full size.
+    a lens in `tx` all buffers have full size. Also for `layerwise.train_step`.
 
     With `axis_name`, sums stay local and are reduced once per window; between its ends they differ
     from device to device. Only `jax.shard_map` with ``check_vma``, when told that they do not

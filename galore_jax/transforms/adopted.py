@@ -11,7 +11,13 @@ import optax
 
 from galore_jax.projectors import working_dtype
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.subspace import Refreshed, decode, where_matrices
+from galore_jax.transforms.subspace import (
+    Refreshed,
+    decode,
+    replaced,
+    unmoved,
+    where_matrices,
+)
 from galore_jax.views import LeafPlan, ProjectedGradient
 from galore_jax.views.leaves import abstract, flatten_leaves, rebox
 
@@ -61,11 +67,10 @@ def _take_over(
         several = gradient.is_sum
         usable = moved & ~several
         poisoned = jnp.where(several[..., None, None], jnp.nan, value)
-        return Refreshed(
-            where_matrices(usable, config.codec.encode(basis), stored), usable
-        ), poisoned
+        encoded = config.codec.encode(basis)
+        return replaced(config, basis.dtype, stored, encoded, usable), poisoned
 
-    return jax.lax.cond(jnp.any(moved), take_over, lambda: (Refreshed(stored, moved), value))
+    return jax.lax.cond(jnp.any(moved), take_over, lambda: (unmoved(stored, moved), value))
 
 
 def _turn(
@@ -80,17 +85,15 @@ def _turn(
 ) -> tuple[Refreshed, jax.Array]:
     """New bases turned by the transport, and the projected gradient with them."""
 
-    def turn() -> tuple[Any, jax.Array]:
+    def turn() -> tuple[Refreshed, jax.Array]:
         turned = _over_batch(config.transport.turn, plan)(new, old)
         change = jnp.einsum("...pr,...ps->...rs", new, turned, precision="highest")
         along = jnp.einsum("...kr,...rs->...ks", value.astype(old.dtype), change)
         encoded = config.codec.encode(turned)
-        return where_matrices(moved, encoded, stored), where_matrices(
-            moved, along.astype(value.dtype), value
-        )
+        turned_value = where_matrices(moved, along.astype(value.dtype), value)
+        return replaced(config, new.dtype, stored, encoded, moved), turned_value
 
-    result, value = jax.lax.cond(jnp.any(moved), turn, lambda: (stored, value))
-    return Refreshed(result, moved), value
+    return jax.lax.cond(jnp.any(moved), turn, lambda: (unmoved(stored, moved), value))
 
 
 def full_shapes(updates: optax.Updates, params: optax.Params | None) -> Any:

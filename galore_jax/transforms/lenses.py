@@ -102,13 +102,13 @@ def find_lenses(opt_state: Any) -> list[LowRankState]:
 
 
 def own_params(lens: LowRankState, params: Any) -> Any:
-    """The parameters as the lens got them: those that a mask keeps from it are `MaskedNode`s."""
-    seen = set(leaf_paths(lens.projectors))
-    leaves, treedef = flatten_leaves(params)
-    return treedef.unflatten(
-        leaf if path in seen else optax.MaskedNode()
-        for path, leaf in zip(leaf_paths(params), leaves, strict=True)
-    )
+    """The parameters that the lens got, in the structure in which it got them.
+
+    What a mask keeps from it is a `MaskedNode` there, for a leaf or for a whole branch.
+    """
+    given = dict(zip(leaf_paths(params), flatten_leaves(params)[0], strict=True))
+    _, treedef = flatten_leaves(lens.projectors)
+    return treedef.unflatten(given[path] for path in leaf_paths(lens.projectors))
 
 
 def _is_known(node: Any) -> bool:

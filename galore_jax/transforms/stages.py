@@ -30,11 +30,13 @@ class Entered(NamedTuple):
       value: What the inner transformation sees.
       stored: The stored bases of this step.
       move: How they moved; None where the leaf is not projected.
+      overlap: How much of each old subspace is in the new one; None as well.
     """
 
     value: Any
     stored: Any
     move: BasisMove | None
+    overlap: jax.Array | None
 
 
 def subspaces(
@@ -117,7 +119,7 @@ def take(
                 f"leaf {plan.path!r} of shape {plan.shape} is not projected by this lens "
                 f"({plan.reason}), but its gradient is a ProjectedGradient: pass the gradient."
             )
-        return Entered(at_full_size(config, plan, gradient), leaf.stored, None)
+        return Entered(at_full_size(config, plan, gradient), leaf.stored, None, None)
     old = subspace.decode(config, plan, leaf.stored)
     if refreshed is None:
         refreshed, value = adopted.adopt(config, plan, gradient, leaf.stored)
@@ -125,7 +127,8 @@ def take(
     else:
         new = subspace.decode(config, plan, refreshed.stored)
         value = subspace.project(config, plan, gradient, new)
-    return Entered(value, refreshed.stored, BasisMove(old, new, refreshed.moved, leaf.cold))
+    move = BasisMove(old, new, refreshed.moved, leaf.cold)
+    return Entered(value, refreshed.stored, move, refreshed.overlap)
 
 
 def leave(factor: Any, plan: LeafPlan, gradient: Any, entered: Entered, direction: Any) -> Any:
@@ -158,12 +161,21 @@ def decide(
         leaf.refreshes if now is None else leaf.refreshes + now.astype(jnp.int32)
         for leaf, now in zip(leaves, moved, strict=True)
     ]
+    overlaps = map(_latest_overlap, entered, treedef.flatten_up_to(state.overlap))
     return RefreshState(
         due=treedef.unflatten(due),
         refreshes=treedef.unflatten(refreshes),
+        overlap=treedef.unflatten(overlaps),
         places=state.places,
         memory=memory,
     )
+
+
+def _latest_overlap(entered: Entered, known: jax.Array) -> jax.Array:
+    """The overlap with the new bases; a first one has nothing in front of it."""
+    if entered.move is None or entered.overlap is None:
+        return known
+    return jnp.where(entered.move.moved & ~entered.move.first, entered.overlap, known)
 
 
 def first_decision(config: LowRankConfig, treedef: Any, plans: list[LeafPlan]) -> RefreshState:
@@ -172,6 +184,7 @@ def first_decision(config: LowRankConfig, treedef: Any, plans: list[LeafPlan]) -
     return RefreshState(
         due=treedef.unflatten(jnp.full(plan.batch_shape, plan.is_projected) for plan in plans),
         refreshes=treedef.unflatten(jnp.zeros(plan.batch_shape, jnp.int32) for plan in plans),
+        overlap=treedef.unflatten(jnp.zeros(plan.batch_shape, jnp.float32) for plan in plans),
         places=treedef.unflatten(
             jnp.zeros((), jnp.uint32) if place is None else place for place in places
         ),

@@ -16,12 +16,15 @@ class RefreshState(NamedTuple):
     Args:
       due: ``bool[*batch]`` per leaf, decided at the end of the previous step.
       refreshes: ``int32[*batch]`` per leaf, how often each basis has been recomputed.
+      overlap: ``float32[*batch]`` per leaf, share of the subspace before the last refresh that lies
+        in the one after it; zero until there have been two refreshes.
       places: ``uint32[*batch]`` per leaf, where each matrix stands among all of them.
       memory: State of the policy.
     """
 
     due: optax.Updates
     refreshes: optax.Updates
+    overlap: optax.Updates
     places: optax.Updates
     memory: Any
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from galore_jax.basis import overlap
 from galore_jax.projectors import (
     MatrixOperator,
     dense_operator,
@@ -26,10 +27,18 @@ from galore_jax.views import LeafPlan
 
 
 class Refreshed(NamedTuple):
-    """Stored bases of one leaf after its refresh, and ``bool[*batch]``: which of them moved."""
+    """The bases of one leaf after its refresh.
+
+    Args:
+      stored: Their stored form.
+      moved: ``bool[*batch]``, which of them are new.
+      overlap: ``float32[*batch]``, how much of the old subspace lies in the new one; zero where
+        nothing moved.
+    """
 
     stored: Any
     moved: jax.Array
+    overlap: jax.Array
 
 
 class LeafSubspace(NamedTuple):
@@ -73,6 +82,36 @@ def check_stored(config: LowRankConfig, plan: LeafPlan, stored: Any) -> None:
         )
 
 
+def unmoved(stored: Any, batch: jax.Array) -> Refreshed:
+    """A leaf whose bases stay; `batch` is any array of the shape of its batch axes."""
+    return Refreshed(
+        stored, jnp.zeros_like(batch, dtype=bool), jnp.zeros_like(batch, dtype=jnp.float32)
+    )
+
+
+def replaced(
+    config: LowRankConfig, dtype: Any, stored: Any, encoded: Any, usable: jax.Array
+) -> Refreshed:
+    """New bases in the places of old ones, where they are usable.
+
+    Here both are at hand. Compared later, the old ones would have to be kept for every step.
+
+    Args:
+      config: The lens.
+      dtype: What stored bases are decoded to.
+      stored: Stored forms, ``[*batch, projected, rank]`` before the codec.
+      encoded: The new ones.
+      usable: ``bool[*batch]``.
+    """
+    old, new = (config.codec.decode(basis, dtype) for basis in (stored, encoded))
+    share = jnp.minimum(overlap(old, new), 1).astype(jnp.float32)  # few bits are not orthonormal
+    return Refreshed(
+        stored=where_matrices(usable, encoded, stored),
+        moved=usable,
+        overlap=jnp.where(usable, share, jnp.zeros_like(share)),
+    )
+
+
 def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
     """The first coordinate vectors: orthonormal, so that nothing is ever projected to zero."""
     assert plan.view is not None
@@ -101,14 +140,14 @@ def refresh(
       gradients: Their gradients, known by their products.
 
     Returns:
-      Per leaf the stored bases, and which of them moved. A gradient that is not finite, or is
-      zero, moves nothing.
+      Per leaf the stored bases, which of them moved, and how far. A gradient that is not finite,
+      or is zero, moves nothing.
     """
     any_due = jnp.any(jnp.stack([jnp.any(leaf.due) for leaf in group]))
     return jax.lax.cond(
         any_due,
         lambda: _refresh_due(config, group, gradients),
-        lambda: [Refreshed(leaf.stored, jnp.zeros_like(leaf.due)) for leaf in group],
+        lambda: [unmoved(leaf.stored, leaf.due) for leaf in group],
     )
 
 
@@ -150,7 +189,7 @@ def _refresh_due(
             _Progress(jnp.zeros((), bool), refreshed),
         )
 
-    start = _Progress(due, Refreshed(stored, jnp.zeros_like(due)))
+    start = _Progress(due, unmoved(stored, due))
     done = jax.lax.while_loop(lambda progress: jnp.any(progress.left), body, start)
     return _split(view.batch_shape, len(group), done.refreshed)
 
@@ -182,14 +221,14 @@ def _refresh_matrix(
       key: ``uint32[2]``.
 
     Returns:
-      The stored form of the new basis, and whether it moved.
+      The stored form of the new basis, whether it moved, and how far.
     """
     previous = config.codec.decode(stored, gradient.dtype)
     basis = config.projector.basis(gradient, plan.rank, previous=previous, cold=cold, key=key)
     basis = config.transport.turn(basis, previous)
     usable = gradient.is_usable & jnp.all(jnp.isfinite(basis))
     encoded = config.codec.encode(basis.astype(working_dtype(plan.dtype)))
-    return Refreshed(where_matrices(usable, encoded, stored), usable)
+    return replaced(config, gradient.dtype, stored, encoded, usable)
 
 
 def _concatenate(batch: tuple[int, ...], leaves: list[Any]) -> Any:

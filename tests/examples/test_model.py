@@ -395,39 +395,7 @@ def test_modules_do_not_check_shapes(monkeypatch):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-# Choice of the attention kernel and refusals.
-
-
-@pytest.mark.parametrize(
-    ("cuda", "dtype", "size", "attention", "want"),
-    [
-        (True, "bfloat16", 64, "auto", "cudnn"),
-        (True, "bfloat16", 12, "auto", "xla"),  # no multiple of 8
-        (True, "bfloat16", 256, "auto", "xla"),
-        (True, "float32", 64, "auto", "xla"),
-        (False, "bfloat16", 64, "auto", "xla"),
-        (False, "float32", 64, "cudnn", "cudnn"),
-        (True, "bfloat16", 64, "xla", "xla"),
-    ],
-)
-def test_attention_kernel(monkeypatch, cuda, dtype, size, attention, want):
-    taken = []
-    monkeypatch.setattr(model, "_is_cuda", lambda: cuda)
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda q, k, v, *, is_causal, implementation: taken.append((is_causal, implementation)),
-    )
-    config = dataclasses.replace(
-        TINY, hidden_size=size, num_heads=1, dtype=dtype, attention=attention
-    )
-    q = jnp.zeros((1, 2, 1, size), config.dtype)
-    model.attend(config, q, q, q)
-    assert taken == [(True, want)]
-
-
-def test_platform_is_detected():
-    assert model._is_cuda() == any("cuda" in str(device).lower() for device in jax.devices())
+# Refusals.
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,14 @@ def test_micro_batches_have_one_basis(corpus):
     assert jax.tree.structure(state) == jax.tree.structure(losses(corpus, count=1)[1])
 
 
-def test_layers_one_by_one_and_micro_batches_exclude_each_other(corpus):
-    with pytest.raises(ValueError, match="--layerwise with --accumulation 2"):
-        losses(corpus, *LAYERWISE, accumulation=2)
+@pytest.mark.parametrize("weights", ["full", "int8"])
+def test_layers_one_by_one_and_micro_batches(corpus, weights):
+    options = {"accumulation": 2, "weights": weights}
+    found, state = losses(corpus, *LAYERWISE, **options)
+    expected, expected_state = losses(corpus, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if weights == "full" else 1e-4)
+    assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+    assert state.opt_state.inner_state[1][0].count == 7
 
 
 @pytest.mark.parametrize("weighted", [False, True])

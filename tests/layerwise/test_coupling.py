@@ -37,6 +37,10 @@ COUPLED = {
         optax.apply_if_finite(GALORE, 3),
         "update of 'blocks/down/kernel' depends on the gradient of 'embed/embedding'",
     ),
+    "clip in a window": (
+        gj.accumulate(optax.chain(optax.clip_by_global_norm(1.0), GALORE), 2),
+        "update of 'blocks/down/kernel' depends on the gradient of 'embed/embedding'",
+    ),
     "normalize_by_update_norm": (
         optax.chain(GALORE, optax.normalize_by_update_norm()),
         "update of 'blocks/down/kernel' depends on the gradient of 'embed/embedding'",
@@ -110,6 +114,10 @@ UNCOUPLED = {
             lambda x: jnp.linalg.qr(x)[0] if x.shape[-2:] == (sm.HIDDEN, sm.WIDTH) else x,
             updates["blocks"])}),
     "reset": gj.galore_adamw(1e-2, transport=gj.transport.reset(second="mean"), **LENS),
+    "in windows": gj.accumulate(optax.chain(optax.scale(0.5), GALORE), 2),
+    "in windows, adaptive": gj.accumulate(
+        gj.galore_adamw(1e-2, update_proj_gap=gj.refresh.adaptive(2, patience=1), **LENS), 2),
+    "in windows, no lens": gj.accumulate(optax.adamw(1e-3), 2),
     "int8 bases": gj.galore_adamw(1e-2, codec=gj.codecs.int8(block=4), **LENS),
 }  # fmt: skip
 
@@ -203,6 +211,22 @@ def test_what_is_read_by_the_update_of_each_leaf():
     assert per_array["1/mu/embed/embedding"] == outside
     assert per_array["1/nu/blocks/down/kernel"] == {"blocks/down/kernel"}
     assert per_array["1/count"] == per_array["2/count"] == frozenset()
+
+
+@pytest.mark.parametrize("factor", [None, 0.0])
+def test_what_is_multiplied_by_zero_has_been_read(factor):
+    """It may be a NaN. What only says that a basis moves has not, on a step on which none does."""
+    tx = gj.accumulate(GALORE, 2) if factor is None else optax.chain(optax.scale(factor))
+    params = sm.initial()
+    reads = check_uncoupled(
+        tx, params, state_axes(tx, params, "blocks"), blocks="blocks", layers_alone=False
+    )
+    assert reads.updates["blocks/up/kernel"] == {"blocks/up/kernel"}
+    if factor is None:
+        per_array = dict(zip(sm.by_path(tx.init(params)), reads.state, strict=True))
+        assert per_array["sums/blocks/up/kernel"] == {"blocks/up/kernel"}
+        for untouched in ("mini_step", "moved/blocks/up/kernel", "opt_state/0/count"):
+            assert per_array[untouched] == frozenset()
 
 
 L = 3

@@ -1,0 +1,1 @@
+"""GaLore in your own training loop: one small language model, four ways to write it."""
