@@ -94,6 +94,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
               ("--out", "runs/trial/learning", "--first", "--", "--steps", "2", "--hidden-size",
                "32", "--intermediate-size", "64", "--num-layers", "1", "--num-heads", "2",
                "--batch-size", "2", "--seq-len", "32", "--eval-batches", "1")),
+    Benchmark("drills", ("drills",), ("--only", "corpora"), place="anywhere"),
     Benchmark("throughput", ("throughput",),
               ("--presets", "tiny", "--batch", "2", "--seq-len", "32", "--steps", "2"),
               place="gpu", gpu=True),

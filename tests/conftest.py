@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import collections
 import functools
 from pathlib import Path
 
@@ -46,8 +47,27 @@ PROJECTORS = [
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
+        "sampled(n): of its cases only n run by default, spread evenly; the others are slow",
+    )
+    config.addinivalue_line(
+        "markers",
         "standard_promotion: runs optax code that mixes dtypes (Adam's bias correction does)",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the cases that `sampled` leaves out as slow."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases[item.path, item.originalname].append(item)
+    for table in cases.values():
+        (wanted,) = table[0].get_closest_marker("sampled").args
+        chosen = {i * len(table) // wanted for i in range(wanted)}
+        for number, item in enumerate(table):
+            if number not in chosen and len(table) > wanted:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -66,6 +66,7 @@ def test_tables_of_an_earlier_run_do_not_count(processes, tmp_path):
     assert program.main(["--out", str(tmp_path), "idle"]) == 1
 
 
+@pytest.mark.slow
 def test_a_real_trial(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "captured_energy", "--quick", "--out", tmp_path]
     subprocess.run(command, cwd=program.ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -152,6 +153,7 @@ def test_the_pool_is_a_fraction_of_the_device():
     ],
     ids=["galore_jax", "optax"],
 )
+@pytest.mark.sampled(1)
 def test_a_refresh_that_is_made_due_happens(tx, bases):
     def gradient(seed):
         return {"w": jax.random.normal(jax.random.key(seed), (16, 12))}

@@ -11,8 +11,8 @@ DRILLS: dict[str, Callable[[Ground], Iterator[Fault]]] = {
     "intruder": processes.intruder,
     "disk": storage.disk,
     "damage": storage.damage,
-    "no number": numbers.no_number,
+    "no_number": numbers.no_number,
     "zeros": numbers.zeros,
     "corpora": refusals.corpora,
-    "another run": refusals.another_run,
+    "another_run": refusals.another_run,
 }

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from benchmarks.faults.runs import SAVE_EVERY, VARIANTS, Run, finish, write_corpus
 
-# Long enough that something can happen to it; a save is under way most of the time.
-LONG = {"steps": 240, "eval-every": 120}
 # One that is under way when the next is begun is waited for, so two may be missing.
 LOST_AT_MOST = 2 * SAVE_EVERY
 
@@ -51,11 +49,13 @@ class Ground:
     Args:
       directory: Everything is below it.
       kills: How many are shared by the variants.
+      steps: Of a run that something happens to on its way; a save is under way most of the time.
     """
 
-    def __init__(self, directory: Path, kills: int = len(VARIANTS)):
+    def __init__(self, directory: Path, kills: int = len(VARIANTS), steps: int = 240):
         self.directory = directory
         self.kills = kills
+        self.long = {"steps": steps, "eval-every": steps // 2}
         self.corpus = write_corpus(directory / "corpus")
         self._references: dict[str, Run] = {}
         self._runs = 0

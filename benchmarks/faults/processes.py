@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.faults.ground import LONG, LOST_AT_MOST, Fault, Ground, Outcome
+from benchmarks.faults.ground import LOST_AT_MOST, Fault, Ground, Outcome
 from benchmarks.faults.runs import SAVE_EVERY, VARIANTS, finish, insist, insist_same, wait_for
 from examples.llama import train
 
@@ -20,7 +20,7 @@ def kill(ground: Ground) -> Iterator[Fault]:
 
 
 def _killed(ground: Ground, options: dict[str, Any], times: int) -> Outcome:
-    options = options | LONG
+    options = options | ground.long
     reference, run = ground.reference(options), ground.run(options)
     moments = random.Random(times)
     counts = dict.fromkeys(("starting", "saving", "between saves"), 0)
@@ -31,7 +31,7 @@ def _killed(ground: Ground, options: dict[str, Any], times: int) -> Outcome:
         if number % 3 == 2:
             time.sleep(moments.uniform(0.0, 6.0))
         else:
-            wait_for(run, min(logged + 1, LONG["steps"] - SAVE_EVERY), process)
+            wait_for(run, min(logged + 1, options["steps"] - SAVE_EVERY), process)
             time.sleep(moments.uniform(0.0, 0.3))
         process.kill()
         process.wait()
@@ -42,8 +42,8 @@ def _killed(ground: Ground, options: dict[str, Any], times: int) -> Outcome:
         partial = any(run.checkpoints.glob("*.partial*"))
         moved = run.logged != logged or run.saved != saved
         counts["saving" if partial else "between saves" if moved else "starting"] += 1
-    finish(run)
-    insist("damaged" not in run.said(), "a kill damaged a finished checkpoint")
+    said = finish(run)
+    insist("damaged" not in run.said() + said, "a kill damaged a finished checkpoint")
     insist_same(run, reference)
     return Outcome(times, worst, ", ".join(f"{n} {what}" for what, n in counts.items() if n))
 
@@ -58,14 +58,14 @@ def stop(ground: Ground) -> Iterator[Fault]:
 
 
 def _stopped(ground: Ground, options: dict[str, Any], number: signal.Signals) -> Outcome:
-    options = options | LONG
+    options = options | ground.long
     reference, run = ground.reference(options), ground.run(options)
     process = run.start()
     wait_for(run, 7, process)
     process.send_signal(number)
     status = process.wait(120)
     insist(status == 128 + number, f"ended with status {status}")
-    insist(run.saved == run.logged < LONG["steps"], f"step {run.logged}, saved {run.saved}")
+    insist(run.saved == run.logged < options["steps"], f"step {run.logged}, saved {run.saved}")
     insist("--resume" in run.said(), "did not say how to go on")
     lost, stopped_at = run.logged - run.saved, run.saved
     finish(run)
@@ -74,7 +74,7 @@ def _stopped(ground: Ground, options: dict[str, Any], number: signal.Signals) ->
 
 
 def _stopped_twice(ground: Ground, options: dict[str, Any]) -> Outcome:
-    options = options | LONG
+    options = options | ground.long
     reference, run = ground.reference(options), ground.run(options)
     process = run.start()
     wait_for(run, 7, process)
@@ -97,7 +97,7 @@ def intruder(ground: Ground) -> Iterator[Fault]:
 
 
 def _intruded(ground: Ground, *more: str) -> Outcome:
-    options = VARIANTS["plain"] | LONG
+    options = VARIANTS["plain"] | ground.long
     reference, run = ground.reference(options), ground.run(options)
     process = run.start()
     wait_for(run, 1, process)

@@ -1,6 +1,5 @@
 """What is not to be trained on, and what a run must not go on with."""
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -17,22 +16,20 @@ from examples.llama import train
 
 def corpora(ground: Ground) -> Iterator[Fault]:
     """Corpora that are damaged, empty, too short, or made for another vocabulary."""
-    saved = functools.partial(_saved_tokens, ground)
     harms: dict[str, tuple[Callable[[Path], Any], str]] = {
         "cut short": (truncate, "is no .npy file"),
         "empty": (lambda path: path.write_bytes(b""), "is no token file"),
-        "no tokens": (saved(np.zeros(0, np.uint16)), "is no token file"),
-        "too few tokens": (saved(np.zeros(9, np.uint16)), "too short"),
-        "an id out of range": (saved(np.full(99, VOCAB, np.uint16)), "out of range"),
-        "a negative id": (saved(np.full(99, -1, np.int32)), "out of range"),
-        "fractions": (saved(np.zeros(99)), "is no token file"),
+        "no tokens": (_save(np.zeros(0, np.uint16)), "is no token file"),
+        "too few tokens": (_save(np.zeros(9, np.uint16)), "too short"),
+        "an id out of range": (_save(np.full(99, VOCAB, np.uint16)), "out of range"),
+        "a negative id": (_save(np.full(99, -1, np.int32)), "out of range"),
+        "fractions": (_save(np.zeros(99)), "is no token file"),
     }
     for name, (harm, wanted) in harms.items():
         yield Fault(name, lambda n=name, h=harm, w=wanted: _bad_corpus(ground, n, h, w))
 
 
-def _saved_tokens(ground: Ground, tokens: np.ndarray) -> Callable[[Path], Any]:
-    del ground
+def _save(tokens: np.ndarray) -> Callable[[Path], Any]:
     return lambda path: np.save(path, tokens)
 
 
@@ -55,7 +52,7 @@ def another_run(ground: Ground) -> Iterator[Fault]:
     for fault, line, wanted in (
         ("another rank", ("--rank", "2"), "rank:"),
         ("another side", ("--side", "long"), "side:"),
-        ("another optimizer", ("--optimizer", "adamw"), "optimizer:"),
+        ("another optimizer", ("--optimizer", "galore_lion"), "optimizer:"),
         ("another width", ("--hidden-size", "32"), "hidden_size:"),
         ("weights in int8", ("--weights", "int8"), "weights"),
         ("another seed", ("--seed", "1"), "seed:"),

@@ -88,11 +88,13 @@ class Run:
       directory: Of the run.
       corpus: Directory of the token files.
       options: By their names on the command line; None for a flag, a tuple for several values.
+      output: Where its processes say what they say; beside the directory.
     """
 
     directory: Path
     corpus: Path
     options: Mapping[str, Any]
+    output: Path | None = None
 
     def line(self, *more: str) -> list[str]:
         """Arguments of the trainer."""
@@ -106,16 +108,16 @@ class Run:
     def start(self, *more: str) -> subprocess.Popen[str]:
         """The trainer in a process of its own; what it says goes to a file beside the run."""
         command = [sys.executable, "-m", "examples.llama.train", *self.line(*more)]
-        with self.output.open("a") as output:
+        with self._output.open("a") as output:
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
 
     @property
-    def output(self) -> Path:
-        return self.directory.with_suffix(".output")
+    def _output(self) -> Path:
+        return self.output or self.directory.with_suffix(".output")
 
     def said(self) -> str:
         """All that its processes have said so far, without line breaks."""
-        return " ".join(self.output.read_text().split()) if self.output.exists() else ""
+        return " ".join(self._output.read_text().split()) if self._output.exists() else ""
 
     def call(self, *more: str) -> tuple[int, str]:
         """The trainer in this process: its exit status, and what it said without line breaks."""
@@ -203,14 +205,15 @@ def wait_for(run: Run, step: int, process: subprocess.Popen[str], seconds: float
         time.sleep(0.02)
 
 
-def finish(run: Run, seconds: float = 300) -> None:
-    """Resumes in a process of its own, to the end.
+def finish(run: Run) -> str:
+    """Goes on in this process, to the end; returns what it said.
 
     Raises:
       DrillError: It did not finish.
     """
-    status = run.start("--resume").wait(seconds)
-    insist(status == train.FINISHED, f"ended with status {status}: ... {run.said()[-300:]}")
+    status, said = run.call("--resume")
+    insist(status == train.FINISHED, f"ended with status {status}: ... {said[-300:]}")
+    return said
 
 
 @contextlib.contextmanager

@@ -7,10 +7,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks.faults.ground import (
-    LONG,
     LOST_AT_MOST,
     Fault,
     Ground,
@@ -35,12 +33,11 @@ def disk(ground: Ground) -> Iterator[Fault]:
 
 
 def _full(ground: Ground) -> Outcome:
-    options = VARIANTS["plain"] | LONG
+    options = VARIANTS["plain"] | ground.long
     reference = ground.reference(options)
     with _small_disk(ground.directory / "disk") as place:
-        run, filler = Run(place / "run", ground.corpus, options), place / "filler"
-        # What it says has to be kept elsewhere.
-        run = _Elsewhere(run.directory, run.corpus, run.options, ground.directory / "disk.output")
+        filler, heard = place / "filler", ground.directory / "disk.output"
+        run = Run(place / "run", ground.corpus, options, output=heard)
         process = run.start()
         wait_for(run, 12, process)
         end = time.monotonic() + 120
@@ -60,19 +57,9 @@ def _full(ground: Ground) -> Outcome:
         filler.unlink()
         finish(run)
         insist_same(run, reference)
-    return Outcome(lost=LONG["steps"] - saved, seen=f"warned at each save; {saved} steps were kept")
-
-
-class _Elsewhere(Run):
-    """A run whose output is not beside it."""
-
-    def __init__(self, directory: Path, corpus: Path, options: Any, output: Path):
-        super().__init__(directory, corpus, options)
-        object.__setattr__(self, "_output", output)
-
-    @property
-    def output(self) -> Path:
-        return self._output
+    return Outcome(
+        lost=options["steps"] - saved, seen=f"warned at each save; {saved} steps were kept"
+    )
 
 
 @contextlib.contextmanager
@@ -100,10 +87,9 @@ def damage(ground: Ground) -> Iterator[Fault]:
     reference = ground.reference(VARIANTS["plain"])
     files = sorted(path for path in reference.newest.rglob("*") if path.is_file())
     for harm in (flip_a_bit, truncate, os.remove):
-        name = harm.__name__.replace("_", " ")
+        fault = f"{harm.__name__.replace('_', ' ')}, each file in turn"
         for path in files:
             inside = path.relative_to(reference.directory)
-            fault = f"{name}, {inside.parts[2]}" if len(files) > 99 else f"{name}, each file"
             yield Fault(fault, lambda h=harm, i=inside: _damaged(ground, reference, h, i))
     yield Fault("both checkpoints damaged", lambda: _all_damaged(ground, reference))
 

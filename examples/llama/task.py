@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 import galore_jax as gj
 from examples.llama import config, data, feed, gradients, mesh, model, objective, optimizers, step
@@ -20,7 +20,7 @@ class Task(NamedTuple):
 
     Args:
         settings: the options, without a None.
-        corpus: what is learned from.
+        corpus: what is learned from; None for a task that is only planned.
         llama: the model.
         loss_fn: of parameters and a batch.
         schedule: learning rate of a step.
@@ -32,7 +32,7 @@ class Task(NamedTuple):
     """
 
     settings: config.TrainConfig
-    corpus: data.Corpus
+    corpus: data.Corpus | None
     llama: model.LlamaConfig
     loss_fn: gradients.LossFn
     schedule: optax.Schedule
@@ -101,9 +101,28 @@ def make_task(settings: config.TrainConfig) -> Task:
     devices = mesh.make_mesh(settings.devices.mesh)
     mesh.check_batch(devices, settings.data.batch_size, settings.data.accumulation)
     corpus = data.prepare(config.data_config(settings))
+    task = without_corpus(settings, devices, vocab_size=corpus.vocab_size)
+    return task._replace(corpus=corpus, devices=mesh.describe(devices))
+
+
+def without_corpus(
+    settings: config.TrainConfig,
+    devices: Mesh | AbstractMesh,
+    *,
+    vocab_size: int,
+    attention: str = "auto",
+) -> Task:
+    """A task that has no data, and needs no devices before its state is made.
+
+    Raises:
+        ValueError: the options do not fit each other, or the mesh.
+    """
+    mesh.check_batch(devices, settings.data.batch_size, settings.data.accumulation)
     batch_sharding = mesh.batch_sharding(devices)
     llama = dataclasses.replace(
-        config.model_config(settings, corpus.vocab_size), activation_sharding=batch_sharding
+        config.model_config(settings, vocab_size),
+        activation_sharding=batch_sharding,
+        attention=attention,
     )
     schedule = optimizers.make_schedule(
         learning_rate=settings.schedule.learning_rate,
@@ -129,12 +148,12 @@ def make_task(settings: config.TrainConfig) -> Task:
 
     return Task(
         settings,
-        corpus,
-        llama,
+        corpus=None,
+        llama=llama,
         loss_fn=functools.partial(objective.loss, llama),
         schedule=schedule,
         tx=tx,
-        devices=mesh.describe(devices),
+        devices="",
         template=jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             abstract,

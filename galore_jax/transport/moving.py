@@ -130,11 +130,10 @@ class rotate(_MovesMoments):
 
     def _carry(self, moments, move):
         change = _right_product(_swap(move.new), _swap(move.old))  # C, [*batch, rank, rank]
-        first = {name: _right_product(m, change) for name, m in moments.first.items()}
-        second = {
-            name: self._carry_second(v, moments, change) for name, v in moments.second.items()
-        }
-        return moments._replace(first=first, second=second)
+        wide = _widened(moments)
+        first = {name: _right_product(m, change) for name, m in wide.first.items()}
+        second = {name: self._carry_second(v, wide, change) for name, v in wide.second.items()}
+        return _as_wide_as(moments, moments._replace(first=first, second=second))
 
     def _carry_second(self, v: jax.Array, moments: Moments, change: jax.Array) -> jax.Array:
         m = next(iter(moments.first.values()), jnp.zeros_like(v))
@@ -142,7 +141,7 @@ class rotate(_MovesMoments):
         bias1, bias2 = (_bias(decay, moments.count, v.dtype) for decay in (self.b1, self.b2))
         m_hat = m / bias1
         variance = _right_product(v / bias2 - m_hat**2, squared)
-        unseen = jnp.maximum(1 - jnp.sum(squared, axis=-1), 0)[..., None, :]
+        unseen = jnp.maximum(1 - jnp.sum(squared, axis=-1), 0)[..., None, :].astype(v.dtype)
         floor = unseen * jnp.mean(v, axis=-1, keepdims=True)
         return bias2 * jnp.abs(variance + _right_product(m_hat, change) ** 2) + floor
 
@@ -152,6 +151,27 @@ def _bias(decay: float, count: jax.Array | None, dtype: jax.typing.DTypeLike) ->
     if count is None:
         return jnp.ones((), dtype)
     return 1 - jnp.asarray(decay, dtype) ** jnp.maximum(count, 1).astype(dtype)
+
+
+def _widened(moments: Moments) -> Moments:
+    """At least fp32: in 16 bits a decay of 0.999 is one."""
+
+    def widen(fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        narrow = {k: jnp.finfo(x.dtype).bits < 32 for k, x in fields.items()}
+        return {k: x.astype(jnp.float32) if narrow[k] else x for k, x in fields.items()}
+
+    return moments._replace(first=widen(moments.first), second=widen(moments.second))
+
+
+def _as_wide_as(likes: Moments, moments: Moments) -> Moments:
+    """In the dtypes that `likes` has."""
+
+    def cast(fields: dict[str, jax.Array], like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {k: x.astype(like[k].dtype) for k, x in fields.items()}
+
+    return moments._replace(
+        first=cast(moments.first, likes.first), second=cast(moments.second, likes.second)
+    )
 
 
 def _swap(x: jax.Array) -> jax.Array:

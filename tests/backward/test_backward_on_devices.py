@@ -152,6 +152,7 @@ def follow(step):
 
 
 @pytest.mark.parametrize("name", WAYS)
+@pytest.mark.sampled(2)
 def test_equals_the_gradient_on_one_device(name):
     values, params, state = follow(WAYS[name]())
     expected_values, expected_params, expected_state = expected()

@@ -59,12 +59,14 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sampled(3)
 def test_every_optimizer(name):
     losses, way, *_ = compare(OPTIMIZERS[name](), loss_of_two, draw(TWO_SHAPES), data())
     assert losses < 1e-5 and way < 1e-5
 
 
 @pytest.mark.parametrize("side", ["short", "long"])
+@pytest.mark.sampled(1)
 def test_every_kind_of_product(side):
     losses, way, *_ = compare(SGD(side=side), loss_of_all, draw(ALL_SHAPES), data())
     assert losses < 1e-5 and way < 1e-5
@@ -133,6 +135,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(1)
 def test_every_form_of_the_layers(form):
     losses, way, *_ = compare(
         SGD(), functools.partial(loss, blocks=FORMS[form]), draw(SHAPES), data(), reference=loss
@@ -179,6 +182,7 @@ FEW_BITS = {
 
 
 @pytest.mark.parametrize("name", FEW_BITS)
+@pytest.mark.sampled(1)
 def test_few_bits(name):
     make, params = FEW_BITS[name]
     losses, _, *states = compare(make(), loss, params(SHAPES), data(12))
@@ -192,6 +196,7 @@ def integers(tree):
 
 
 @pytest.mark.parametrize("name", FEW_BITS)
+@pytest.mark.sampled(1)
 def test_codes_after_one_step(name):
     """From one state to the next, refresh included, a code here and there differs by one."""
     make, params = FEW_BITS[name]

@@ -73,6 +73,7 @@ def test_nnx():
 
 
 @pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.sampled(1)
 def test_linen(quantized):
     hooks = (("promote_dtype", promote_dtype), ("dot_general", dot_general))
     plain, hooked = Linen(), Linen(hooks)

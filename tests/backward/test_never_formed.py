@@ -188,6 +188,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("name", WAYS)
+@pytest.mark.sampled(1)
 def test_only_rank_sized_arrays_travel(name):
     found = reductions(WAYS[name]("projected"))
     assert max(found) <= LAYERS * HIDDEN * RANK
@@ -198,6 +199,7 @@ def test_only_rank_sized_arrays_travel(name):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.sampled(1)
 def test_what_travels_on_an_ordinary_step_is_exactly_what_the_lens_projects_to(check_vma):
     """R of every leaf, and the loss; sketches travel inside of conditionals."""
     computations = re.split(r"\n(?=\S)", by_shard_map("projected", check_vma))

@@ -75,6 +75,7 @@ def law(contraction, plain, x_shape, w_shape, axes, side):
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("subscripts, x, w, axes", EINSUMS, ids=lambda v: str(v).replace(" ", ""))
+@pytest.mark.sampled(4)
 def test_einsum(subscripts, x, w, axes, side):
     contraction = einsum_contraction(subscripts, len(x), len(w))
     law(contraction, lambda x, w: jnp.einsum(subscripts, x, w), x, w, axes, side)
@@ -82,6 +83,7 @@ def test_einsum(subscripts, x, w, axes, side):
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("x, w", MATMULS, ids=lambda v: "x".join(map(str, v)))
+@pytest.mark.sampled(4)
 def test_matmul(x, w, side):
     law(matmul_contraction(len(x), len(w)), jnp.matmul, x, w, gj.MatrixAxes(), side)
 
@@ -101,6 +103,7 @@ def test_dot_general(x, w, numbers, axes):
 
 
 @pytest.mark.parametrize("subscripts, x, w, axes", EINSUMS, ids=lambda v: str(v).replace(" ", ""))
+@pytest.mark.sampled(3)
 def test_products_of_arrays_and_of_codes(subscripts, x, w, axes):
     del axes
     x, w = normal(x, 1), normal(w, 2)

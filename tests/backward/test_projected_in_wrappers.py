@@ -83,6 +83,7 @@ def test_a_step_that_is_not_finite_is_skipped():
 
 
 @pytest.mark.parametrize("make, rate", [(gj.galore_sgd, 3.0), (gj.galore_adamw, 3e-2)])
+@pytest.mark.sampled(1)
 def test_windows_of_projected_gradients(make, rate):
     """The sums are those of projections of the gradients, in the one basis of the window."""
     every = 3

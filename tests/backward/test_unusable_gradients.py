@@ -113,6 +113,7 @@ SEVERAL = {"twice": (twice, "w"), "a loop": (of_a_loop, "square")}
 
 
 @pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.sampled(1)
 def test_several_products(name):
     """Right as long as no basis is sought; then not a number, and nothing taken over."""
     loss, leaf = SEVERAL[name]

@@ -137,6 +137,7 @@ def trees(number):
 
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("codec", [codecs.int8(), codecs.int4(block=5)], ids=repr)
+@pytest.mark.sampled(1)
 def test_five_steps_of_adamw(codec):
     """Updates lie in the span of the decoded basis, which is what has been stored."""
     params, *gradients = trees(6)

@@ -78,6 +78,7 @@ def train(model, tx):
 
 
 @pytest.mark.parametrize("alias", [gj.galore_adamw, gj.galore_adafactor])
+@pytest.mark.sampled(1)
 def test_nnx_optimizer(alias):
     with nnx.use_eager_sharding(False):
         model = Network(nnx.Rngs(0))
@@ -279,6 +280,7 @@ SHARDED = [
 
 
 @pytest.mark.parametrize("kind, tx", SHARDED, ids=["adamw", "adafactor", "explicit"])
+@pytest.mark.sampled(1)
 def test_nnx_on_a_mesh_by_logical_axes(kind, tx):
     with nnx.use_eager_sharding(False):
         losses, params, _ = train_nnx(LogicalNetwork(nnx.Rngs(0)), tx)
@@ -352,6 +354,7 @@ def train_linen(model, params, tx):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("boxed", [True, False])
+@pytest.mark.sampled(1)
 def test_linen_train_state_on_a_mesh_by_logical_axes(kind, boxed):
     model, tx = LogicalLinen(), gj.galore_adamw(1e-2, rank=3, update_proj_gap=2, weight_decay=1e-3)
     params = model.init(jax.random.key(0), WIDE)["params"]

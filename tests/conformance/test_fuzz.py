@@ -438,7 +438,7 @@ def layer_by_layer(problem):
 
     def ordinary(params, state, batch):
         updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return gj.apply_updates(params, updates), state
+        return gj.apply_updates(params, updates, key=None), state
 
     by_layer = layerwise.train_step(embed, block, head, tx, **problem["pullback"])
     # A projected pullback sees factors of the gradient: another sketch of it, the same subspace
@@ -462,13 +462,13 @@ def layer_by_layer(problem):
 
 # Law -> (problems, how many in the suite, how many in the long search)
 LAWS = {
-    state_and_span: (problems, 10, 1000),
+    state_and_span: (problems, 10, 700),
     permuted_axes: (layouts(), 3, 250),
-    alone_or_in_company: (layouts(), 3, 200),
-    accumulated: (layouts(), 3, 250),
-    sharding_tree: (sharded(), 10, 400),
-    on_a_mesh: (sharded(), 2, 100),
-    layer_by_layer: (layered, 2, 80),
+    alone_or_in_company: (layouts(), 3, 150),
+    accumulated: (layouts(), 3, 150),
+    sharding_tree: (sharded(), 10, 700),
+    on_a_mesh: (sharded(), 2, 80),
+    layer_by_layer: (layered, 2, 50),
 }
 every_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 
@@ -486,12 +486,14 @@ def search(law, count, **more):
     settings = hypothesis.settings(
         max_examples=count, deadline=None, database=None, print_blob=True,
         suppress_health_check=list(hypothesis.HealthCheck), **more,
+        phases=[hypothesis.Phase.generate],  # problems are small as they are, and slow to compile
     )  # fmt: skip
     settings(hypothesis.given(LAWS[law][0])(attempt))()
     return len(tried)
 
 
 @every_law
+@pytest.mark.sampled(2)
 def test_a_few_random_problems(law):
     few = LAWS[law][1]
     assert search(law, few, derandomize=True) >= few // 2
@@ -504,6 +506,22 @@ def test_many_random_problems(law):
     tried = search(law, many)
     print(f"{law.__name__}: {tried} problems")
     assert tried >= many // 2
+
+
+def test_moments_in_16_bits_rotate_as_in_32():
+    """Found by the long search: their dtype changed, and a decay of 0.999 is one in bf16."""
+    gradients = noise({"seed": 0}, (6, 9), 4)
+
+    def rotated(state_dtype):
+        tx = gj.low_rank_projection(
+            ADAM, 2, transport=gj.transport.rotate(), refresh=1, state_dtype=state_dtype
+        )
+        return followed(tx, gradients)
+
+    found, state = rotated("bfloat16")
+    assert state.inner_state.nu.dtype == jnp.bfloat16
+    for one, other in zip(found, rotated("float32")[0], strict=True):
+        np.testing.assert_allclose(one, other, atol=0.05 * float(jnp.max(jnp.abs(other))))
 
 
 def test_the_long_search_is_long():

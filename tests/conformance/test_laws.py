@@ -37,6 +37,7 @@ def assert_trees_equal(one, other):
 
 
 @every_case
+@pytest.mark.sampled(4)
 def test_case_projects_matrices_below_full_rank(case):
     found = cc.bases(cc.run(case).states[0])
     assert len(found) >= 4
@@ -378,6 +379,7 @@ PERMUTED = {
 
 @pytest.mark.parametrize("name", PERMUTED)
 @pytest.mark.parametrize("projector", [gj.projectors.svd(), gj.projectors.randomized_svd()])
+@pytest.mark.sampled(3)
 def test_permuted_axes_with_matching_matrix_axes_change_nothing(name, projector):
     """Keys included: path and matrix number are the same on both sides."""
     grads, order, axes, permuted_axes = PERMUTED[name]

@@ -71,6 +71,7 @@ def assert_same_bits(one, other):
 
 @both
 @pytest.mark.parametrize("case", SOME, ids=str)
+@pytest.mark.sampled(3)
 def test_save_restore_continue_is_exact(through, case, tmp_path):
     run, middle = cc.run(case), 2  # a refresh comes after this one
     state = through(tmp_path / "checkpoint", run.states[middle], run.states[0])
@@ -120,6 +121,7 @@ def written():
     ids=str,
 )
 @pytest.mark.parametrize("restored", [True, False])
+@pytest.mark.sampled(3)
 def test_what_fixes_no_shape_may_change(changes, restored, tmp_path):
     tx, state = make(**changes), written()
     if restored:
@@ -155,6 +157,7 @@ def test_what_fixes_the_storage_is_refused_by_name(field, value):
 @pytest.mark.parametrize(
     ("field", "value"), [("rank", 2), ("side", "long"), ("codec", gj.codecs.cast("bfloat16"))]
 )
+@pytest.mark.sampled(2)
 def test_a_checkpoint_of_other_storage_is_refused_by_name(through, field, value, tmp_path):
     """Where the target is the state that was written, with its configuration."""
     state = through(tmp_path / "checkpoint", written(), written())
@@ -292,6 +295,7 @@ def saved(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (8, 1), None], ids=str)
+@pytest.mark.sampled(2)
 def test_a_state_goes_to_another_mesh(saved, shape):
     tx, params, directory, middle, end = saved
     shardings = layout(tx, params, shape and on_mesh(shape))

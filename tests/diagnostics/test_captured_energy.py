@@ -37,6 +37,7 @@ CODECS = {
 
 
 @pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.sampled(1)
 def test_it_is_the_share_in_the_span_of_the_stored_basis(codec):
     stored, atol = CODECS[codec]
     gradients = list(wandering(3))
@@ -53,6 +54,7 @@ def test_it_is_the_share_in_the_span_of_the_stored_basis(codec):
 
 
 @pytest.mark.parametrize("side", ["short", "long", "input", "output"])
+@pytest.mark.sampled(1)
 def test_it_is_what_an_update_gives_back(side):
     """With an inner transformation that does nothing, an update is G·P·Pᵀ."""
     tx = lens(optax.identity(), side=side, refresh=10)
@@ -157,6 +159,7 @@ WRAPPED = {
 
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.sampled(1)
 def test_lenses_are_found_wherever_they_are(wrapper):
     first, then = wandering(2, SMALL)
     bare = gj.captured_energy(then, states(galore(), [first], SMALL)[-1])

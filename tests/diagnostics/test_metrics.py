@@ -42,6 +42,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(1)
 def test_overlap_is_that_of_the_stored_bases_at_the_last_refresh(case):
     run = states(lens(**CASES[case]), wandering(STEPS))
     wanted = expected_overlaps(run)

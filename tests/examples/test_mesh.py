@@ -60,6 +60,7 @@ def losses(run_dir):
 
 
 @pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.sampled(1)
 def test_a_run_on_a_mesh_is_the_run_on_one_device(axes, corpus, reference, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert run(corpus, run_dir, mesh=axes, **GALORE, **BATCH) == train.FINISHED
@@ -90,6 +91,7 @@ def train_steps(made, state, count):
 @pytest.mark.parametrize(
     "name", [*OPTIMIZERS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_OPTIMIZERS)]
 )
+@pytest.mark.sampled(1)
 def test_every_optimizer_does_the_same_on_a_mesh(name, corpus):
     own = (OPTIMIZERS | MORE_OPTIMIZERS)[name]
     options = {"optimizer": name, "warmup": 0} | ({"gap": 2} if "rank" in own else {}) | own
@@ -203,6 +205,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_device(corpus):
 
 
 @pytest.mark.parametrize("axes", ["", THREE_AXES])
+@pytest.mark.sampled(1)
 def test_a_checkpoint_goes_on_anywhere(axes, corpus, reference, tmp_path):
     """Begun on one device (or eight), resumed on eight (or one)."""
     begun = reference

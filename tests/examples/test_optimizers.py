@@ -78,6 +78,7 @@ def decayed(params):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sampled(2)
 def test_every_leaf_is_updated_and_the_state_keeps_its_layout(name, params, grads):
     init, update = compiled(name)
     state = init(params)

@@ -178,6 +178,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.sampled(1)
 def test_other_combinations_run(name, corpus, tmp_path):
     options = WIDE | VARIANTS[name] | {"steps": 3, "eval-every": 3, "save-every": 3}
     assert run(corpus, tmp_path / "run", **options) == train.FINISHED

@@ -98,6 +98,7 @@ def test_on_a_mesh(corpus, reference, tmp_path):
 @pytest.mark.parametrize(
     "options", [GALORE | {"diagnostics-every": 0}, {"optimizer": "adamw"}], ids=["off", "no lens"]
 )
+@pytest.mark.sampled(1)
 def test_nothing_is_written_and_drawn_where_nothing_is_looked_at(options, corpus, tmp_path):
     assert run(corpus, tmp_path / "run", steps=2, **options) == train.FINISHED
     assert readings(tmp_path / "run") == {}

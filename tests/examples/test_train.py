@@ -100,6 +100,7 @@ def test_the_learning_rate_in_the_log_is_the_schedule(reference):
 
 
 @pytest.mark.parametrize("which", ["reference", "adamw_reference"])
+@pytest.mark.sampled(1)
 def test_resuming_is_bit_exact(which, request, tmp_path):
     whole = request.getfixturevalue(which)
     resumed = interrupted(whole, tmp_path / "resumed")
@@ -380,6 +381,7 @@ DRILL = SHORT | {"steps": 300, "save-every": 3, "eval-every": 300, "log-every": 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.sampled(1)
 def test_a_signal_saves_and_exits(number, corpus, cache, tmp_path):
     run_dir = tmp_path / "run"
     line = tiny_run.arguments(corpus, run_dir, **(ADAMW | DRILL))
@@ -418,6 +420,7 @@ def drill_reference(corpus, tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 def test_being_killed_three_times_changes_nothing(corpus, cache, drill_reference, tmp_path):
     kill_drill(corpus, cache, drill_reference, tmp_path / "run", kills=3, seed=0)
 

@@ -43,6 +43,7 @@ def full(corpus):
     [((), {}), (LAYERWISE, {}), ((), {"head-chunk": 4}), (LAYERWISE, {"backward": "full"})],
     ids=str,
 )
+@pytest.mark.sampled(1)
 def test_all_ways_are_one(corpus, full, flags, options):
     found, state = losses(corpus, *flags, **options)
     np.testing.assert_allclose(found, full[0], rtol=1e-5)
@@ -50,6 +51,7 @@ def test_all_ways_are_one(corpus, full, flags, options):
 
 
 @pytest.mark.parametrize("backward", ["full", "projected"])
+@pytest.mark.sampled(1)
 def test_clipping_by_layers_and_at_once(corpus, backward):
     options = {"clip": 1e-2, "backward": backward}
     found, _ = losses(corpus, **options)
@@ -66,6 +68,7 @@ def test_micro_batches_have_one_basis(corpus):
 
 
 @pytest.mark.parametrize("weights", ["full", "int8"])
+@pytest.mark.sampled(1)
 def test_layers_one_by_one_and_micro_batches(corpus, weights):
     options = {"accumulation": 2, "weights": weights}
     found, state = losses(corpus, *LAYERWISE, **options)
@@ -76,6 +79,7 @@ def test_layers_one_by_one_and_micro_batches(corpus, weights):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.sampled(1)
 def test_the_head_in_pieces(weighted):
     llama = model.LlamaConfig(32, 16, 24, 1, 2, 12)
     params = model.init(llama, jax.random.key(0))

@@ -50,6 +50,7 @@ def decisions(state):
 
 
 @pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.sampled(1)
 def test_the_same_as_an_ordinary_step_between_refreshes(pullback):
     tx = gj.galore_adamw(1e-2, weight_decay=0.1, update_proj_gap=WINDOWS, **LENS)
     found, expected = both(tx, sm.initial(), 2, pullback=pullback)
@@ -71,6 +72,7 @@ ACROSS = {
     "name, pullback",
     [(name, "full") for name in ACROSS] + [("every", "projected"), ("rotate", "projected")],
 )
+@pytest.mark.sampled(2)
 def test_the_same_as_an_ordinary_step_across_refreshes(name, pullback):
     found, expected = both(ACROSS[name], sm.initial(), 3, pullback=pullback)
     assert sm.distance(found[0], expected[0]) < 1e-5
@@ -86,6 +88,7 @@ def test_the_same_as_an_ordinary_step_across_refreshes(name, pullback):
 
 
 @pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.sampled(1)
 def test_every_micro_batch_is_clipped_by_itself(pullback):
     """As by a clip in front of the whole; the projected backward shows it projected gradients."""
     tx, limit = gj.accumulate(gj.galore_sgd(1e-1, momentum=0.9, **OFTEN), 2), 0.3
@@ -112,6 +115,7 @@ def test_every_micro_batch_is_clipped_by_itself(pullback):
 
 
 @pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.sampled(1)
 def test_in_float64_the_two_agree_to_ten_digits(pullback):
     with jax.enable_x64(True):
         tx = gj.galore_adamw(1e-2, state_dtype="float64", **OFTEN)
@@ -121,6 +125,7 @@ def test_in_float64_the_two_agree_to_ten_digits(pullback):
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.sampled(1)
 def test_few_bits(weights):
     """All but the same codes, from one state; one that tips would tip more of them afterwards."""
     tx = optax.chain(
@@ -220,6 +225,7 @@ def projected(gradients, lens):
 
 @pytest.mark.parametrize("pullback", PULLBACKS)
 @pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.sampled(2)
 def test_a_block_that_is_not_finite_adds_nothing_to_its_window(pullback, place):
     """By hand: the mean over three micro-batches, of which one counts as zero in that block."""
     step, state = faulty("block", pullback)
@@ -282,6 +288,7 @@ def compiled(pullback, layers):
 
 
 @pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.sampled(1)
 def test_of_all_layers_there_are_sums_and_nothing_else(pullback):
     width, hidden = shapes(6, False)["blocks"]["up"]["kernel"].shape[1:]
     text = compiled(pullback, 6).as_text()

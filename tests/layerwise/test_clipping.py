@@ -17,6 +17,7 @@ SGD = gj.galore_sgd(1e-1, momentum=0.9, **LENS)
 
 
 @pytest.mark.parametrize("max_norm", [0.3, 1e6])
+@pytest.mark.sampled(1)
 def test_exact_clipping_is_that_of_optax(max_norm):
     data, params = sm.batches(8), sm.initial()
     chained = optax.chain(optax.clip_by_global_norm(max_norm), SGD)
@@ -97,6 +98,7 @@ def poisoned(kind):
 
 
 @pytest.mark.parametrize("kind", ["loss", "head", "block"])
+@pytest.mark.sampled(1)
 def test_what_a_step_that_is_not_finite_changes(kind):
     tx = gj.galore_adamw(1e-2, **LENS)
     params, state = sm.initial(), tx.init(sm.initial())

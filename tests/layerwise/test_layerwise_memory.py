@@ -87,6 +87,7 @@ def creators(text, shape):
 
 @pytest.mark.parametrize("kind", ["layerwise", "clipped"])
 @pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.sampled(1)
 def test_no_buffer_has_the_shape_of_the_stacked_gradient(kind, quantized):
     text = compiled(kind, 6, quantized).as_text()
     for shape in (f"6,{WIDTH},{HIDDEN}", f"6,{HIDDEN},{WIDTH}"):

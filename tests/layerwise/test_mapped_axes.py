@@ -76,6 +76,7 @@ def pair(name, pullback="full", **options):
     "name, pullback",
     [("sgd", "full"), ("adamw", "projected"), ("accumulated", "projected"), ("partition", "full")],
 )
+@pytest.mark.sampled(1)
 def test_the_same_as_on_one_device(name, pullback):
     state, alone, together = pair(name, pullback)
     expected, expected_state, losses = sm.run(alone, sm.initial(), state, rows())
@@ -92,6 +93,7 @@ def test_the_same_as_on_one_device(name, pullback):
 
 
 @pytest.mark.parametrize("way", ["unchecked", "pmap"])
+@pytest.mark.sampled(1)
 def test_where_nobody_keeps_track_of_what_varies(way):
     state, alone, together = pair("accumulated", "projected")
     expected, _, _ = sm.run(alone, sm.initial(), state, rows())
@@ -108,6 +110,7 @@ def test_where_nobody_keeps_track_of_what_varies(way):
 
 
 @pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.sampled(1)
 def test_exact_clipping_is_by_the_norm_of_the_mean(pullback):
     state, alone, together = pair("sgd", pullback, clip_norm=0.3)
     params, expected = (sm.initial(),) * 2
@@ -147,6 +150,7 @@ def test_who_averages_what_the_head_returns():
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.sampled(1)
 def test_what_is_not_finite_on_one_device_is_skipped_on_all(clip_norm):
     """The third block of the sixth device sends a NaN back; else a collective would be missed."""
 
@@ -189,6 +193,7 @@ def reduced(program):
 
 
 @pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.sampled(1)
 def test_of_a_block_only_what_has_the_size_of_its_rank_is_reduced(pullback):
     kernel = sm.WIDTH * sm.HIDDEN
     state, _, together = pair("sgd", pullback)

@@ -28,6 +28,7 @@ def projected_step(tx):
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.sampled(1)
 def test_the_same_as_all_projected_gradients_at_once(weights):
     params = sm.initial()
     state, data, key = SGD.init(params), sm.batches(9), jax.random.key(0)

@@ -30,6 +30,7 @@ def shardings(mesh):
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.3])
+@pytest.mark.sampled(1)
 def test_fully_sharded_equals_one_device(clip_norm):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     step = layerwise.train_step(*sm.MODEL, TX, clip_norm=clip_norm)

@@ -65,6 +65,7 @@ def both(tx, params, *, steps=STEPS, key=None, **options):
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore_adamw", "galore_lion"])
+@pytest.mark.sampled(1)
 def test_the_same_as_an_ordinary_step_between_refreshes(name):
     rarely = LENS | {"update_proj_gap": STEPS}
     tx = {
@@ -78,6 +79,7 @@ def test_the_same_as_an_ordinary_step_between_refreshes(name):
 
 
 @pytest.mark.parametrize("name", [*ALIASES, *OTHERS])
+@pytest.mark.sampled(4)
 def test_the_same_as_an_ordinary_step_across_refreshes(name):
     tx = (ALIASES | OTHERS)[name]
     (params, state, _), (expected, expected_state, _) = both(tx, sm.initial())
@@ -102,6 +104,7 @@ def test_adaptive_gaps_have_grown():
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore_adamw"])
+@pytest.mark.sampled(1)
 def test_in_float64_the_two_agree_to_ten_digits(name):
     with jax.enable_x64(True):
         tx = {
@@ -140,6 +143,7 @@ def side_by_side(tx, params, *, steps, **options):
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.sampled(1)
 def test_few_bits(weights):
     """All but the same codes; one that tips would tip more of them in the steps after it."""
     params = sm.initial()
@@ -201,6 +205,7 @@ def test_every_layer_is_rounded_with_its_own_random_numbers(dtype):
 
 
 @pytest.mark.parametrize("first", ["layerwise", "ordinary"])
+@pytest.mark.sampled(1)
 def test_the_two_can_take_turns(first):
     """The state is the optimizer's own: a checkpoint of one can be continued by the other."""
     tx = optax.chain(
@@ -299,6 +304,7 @@ def test_activations_may_be_a_tree():
 
 
 @pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.sampled(1)
 def test_the_llama_example(quantized):
     config = llama.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=40, num_layers=3, num_heads=2,

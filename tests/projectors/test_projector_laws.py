@@ -62,6 +62,7 @@ def shape(request):
     return request.param
 
 
+@pytest.mark.sampled(4)
 def test_columns_are_orthonormal_cold_and_warm(find_basis, projector, shape):
     kept, projected, rank = shape
     first = find_basis(projector, gaussian(kept, projected), rank)

@@ -189,6 +189,7 @@ def expected_spec(spec, part_shape, mesh):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("bits, block", [(8, 8), (4, 6), (8, 256)])
+@pytest.mark.sampled(2)
 def test_codes_are_made_in_shards(bits, block, kind):
     """All specs in one program."""
     mesh = mesh_of(kind)

@@ -81,6 +81,7 @@ def expected(kind, gap, steps):
         (refresh.staggered, 13),
     ],
 )
+@pytest.mark.sampled(1)
 def test_due_at_the_right_counts(kind, gap):
     steps = 5 * gap + 1
     seen, state = history(lens(kind(gap)), constant(steps))
@@ -127,6 +128,7 @@ def spoil(gradients, step, name, index, value):
 
 
 @pytest.mark.parametrize("kind, value", [(refresh.every, jnp.nan), (refresh.staggered, -jnp.inf)])
+@pytest.mark.sampled(1)
 def test_a_gradient_that_is_not_finite_keeps_its_basis_and_tries_again(kind, value):
     gap, steps = 4, 13
     gradients = constant(steps)
@@ -158,6 +160,7 @@ def test_a_zero_gradient_keeps_the_basis_and_tries_again():
     np.testing.assert_array_equal(seen, table)
 
 
+@pytest.mark.sampled(2)
 def test_no_projector_makes_a_basis_of_an_unusable_gradient(projector):
     params = {"w": jnp.zeros((4, 8, 6))}
     tx = lens(3, projector=projector, transport=gj.transport.align())

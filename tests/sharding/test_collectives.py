@@ -42,6 +42,7 @@ def largest_collective(projector, specs):
     "projector", [gj.projectors.randomized_svd(), gj.projectors.subspace_iteration()], ids=repr
 )
 @pytest.mark.parametrize("specs", ["fsdp", "both", "tensor"])
+@pytest.mark.sampled(2)
 def test_no_collective_has_the_size_of_a_gradient(projector, specs):
     assert 0 < largest_collective(projector, specs) <= 768 * 16  # a sketch
 

@@ -42,6 +42,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("mesh, inner, kind", CASES)
+@pytest.mark.sampled(2)
 def test_equal_to_one_device(mesh, inner, kind):
     sharding = dict.fromkeys(SIDES, on_mesh(mesh_of(mesh, kind), SPECS[mesh]))
     way, state = train(optimizer(inner), EVERY_SHAPE, sharding, steps=STEPS)

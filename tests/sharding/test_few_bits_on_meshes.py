@@ -38,6 +38,7 @@ def alone():
         ("2x2x2", "other", AxisType.Explicit),
     ],
 )
+@pytest.mark.sampled(1)
 def test_int4_bases_and_8_bit_moments(alone, mesh, specs, kind):
     """Not bit for bit: where sums are taken in another order, now and then a code tips."""
     sharding = on_mesh(mesh_of(mesh, kind), SPECS[mesh][specs])
@@ -47,6 +48,7 @@ def test_int4_bases_and_8_bit_moments(alone, mesh, specs, kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.sampled(1)
 def test_int8_weights_on_a_mesh(kind):
     sharding = on_mesh(mesh_of("4x2", kind), SPECS["4x2"]["both"])
     tx = gj.q_galore_adamw8bit(1e-2, **LENS)
@@ -60,6 +62,7 @@ def test_int8_weights_on_a_mesh(kind):
 
 
 @pytest.mark.parametrize("spec", [P("data", None), P(None, "data")], ids=str)
+@pytest.mark.sampled(1)
 def test_int8_weights_are_used_and_written_on_an_explicit_mesh(spec):
     mesh = jax.make_mesh((8,), ("data",))
     weight = draw(0, SHAPES)["wide"]

@@ -127,6 +127,7 @@ def laid_out_like(tree, shardings):
 
 
 @pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.sampled(1)
 def test_what_is_pinned_keeps_its_layout_in_one_program(pinned):
     """What is not pinned has the same numbers, but the compiler lays updates out like moments."""
     params = jax.device_put(draw(0, SHAPES), SHARDING)

@@ -138,6 +138,7 @@ def assert_same_bits(ours, theirs):
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.sampled(3)
 def test_a_window_is_a_step_on_the_mean(name):
     plain, ours = compiled(name)
     state, expected_state, refreshed = ours.start, plain.start, 0
@@ -553,6 +554,7 @@ def by_shard_map(fn, check_vma):
 
 
 @pytest.mark.parametrize("way", ["checked", "checked, local sums", "unchecked"])
+@pytest.mark.sampled(1)
 def test_a_scan_in_a_shard_map_equals_reducing_first(way):
     tx = gj.accumulate(adamw(axis_name="data"), 3)
 
@@ -830,6 +832,7 @@ def on_mesh(kind):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.sampled(1)
 def test_the_same_numbers_on_a_mesh(kind):
     sharding = on_mesh(getattr(jax.sharding.AxisType, kind))
     _, ours = compiled("adamw")

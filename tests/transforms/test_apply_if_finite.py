@@ -42,6 +42,7 @@ def test_equals_optax(inner, patience):
 
 
 @pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.sampled(1)
 def test_takes_projected_gradients(every):
     """Optax's own cannot: its zeros have the shapes of what it was given."""
 

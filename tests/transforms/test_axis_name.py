@@ -117,6 +117,7 @@ CASES = [(way, name) for way in WAYS for name in ("sgd", "adamw")] + [
 
 
 @pytest.mark.parametrize("way, name", CASES)
+@pytest.mark.sampled(4)
 def test_equals_reducing_the_gradient_first(way, name):
     local, reference = WAYS[way](KINDS[name](axis_name="data")), KINDS[name]()
     update = jax.jit(reference.update)
@@ -148,6 +149,7 @@ def masked(node):
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("way", ["shard_map", "pmap"])
+@pytest.mark.sampled(1)
 def test_what_one_device_alone_finds_unusable_is_unusable_to_all(way, value):
     """A device that went its own way would wait for the others for ever."""
     update = WAYS[way](KINDS["adamw"](axis_name="data"))
@@ -179,6 +181,7 @@ def test_a_zero_gradient_on_some_devices_is_no_obstacle():
 
 
 @pytest.mark.parametrize("projector", [projectors.randomized_svd(), projectors.svd()], ids=str)
+@pytest.mark.sampled(1)
 def test_a_basis_from_sketches_has_the_energy_of_one_from_the_gradient(projector):
     make = lambda **o: gj.galore_sgd(1e-2, **OPTIONS, projector=projector, **o)  # noqa: E731
     gradients = draw(3)

@@ -66,6 +66,7 @@ CASES = [(move, "short") for move in TRANSPORTS] + [
 
 
 @pytest.mark.parametrize("move, side", CASES, ids=str)
+@pytest.mark.sampled(2)
 def test_equals_the_gradient_itself(relaxed, move, side):
     tx = lens(relaxed, move, side=side)
     update = jax.jit(tx.update)

@@ -49,6 +49,7 @@ def run_of(argv, devices=None):
     ],
     ids=["adamw", "q-galore", "mesh"],
 )
+@pytest.mark.sampled(1)
 def test_what_is_kept_is_what_a_compiled_step_takes(flags, options):
     argv = line(*flags, **options)
     settings = settings_of(argv)
