@@ -139,7 +139,7 @@ def plot(path: Path, rows: Sequence[Row], *, title: str) -> bool:
 
 def _heat_map(axes: Any, steps: np.ndarray, table: np.ndarray, norm: Normalize, name: str) -> Any:
     """One panel; a reading stands for the steps since the one before."""
-    left = max(0, 2 * steps[0] - steps[min(1, len(steps) - 1)])
+    left = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0
     edges = np.concatenate([[left], steps])
     layers = np.arange(len(table) + 1) - 0.5
     axes.set_facecolor("0.9")  # where there is no number

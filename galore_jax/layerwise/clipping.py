@@ -33,8 +33,11 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
     needs none, so it works under `layerwise.train_step`, where it costs nothing. A step whose norm
     jumps is not clipped itself, but the next one is. The first step is not clipped.
 
-    Put it first in the chain. Ordinary steps can use it as well, with the same result, and so go on
-    from each other's states.
+    Put it first in the chain. Ordinary steps can use it as well, on one device and without a window
+    with the same result, and so go on from each other's states. Under `layerwise.train_step` it is
+    told the norm of the latest call: inside a window of `accumulate` that of the last micro-batch,
+    under mapped axes the root of the mean of the squares on each device. An ordinary step takes the
+    norm of the mean, which is smaller as a rule. In front of `accumulate` it clips every call.
 
     Args:
       max_norm: c, the norm above which gradients are scaled down.

@@ -73,7 +73,9 @@ def devices_of(opt_state: Any) -> Devices:
     """The devices that the lenses of an optimizer state know of."""
     lenses = [lens for lens in find_lenses(opt_state) if lens.config.axis_name]
     axes: frozenset[str] = frozenset().union(*(_names(lens.config.axis_name) for lens in lenses))
-    reduced = frozenset(path for lens in lenses for path in leaf_paths(lens.projectors))
+    reduced = frozenset(
+        path for lens in lenses for path in leaf_paths(lens.refresh_state.refreshes)
+    )
     return Devices(tuple(sorted(axes)), reduced)
 
 

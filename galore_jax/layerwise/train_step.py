@@ -36,7 +36,7 @@ class Metrics(NamedTuple):
       grad_norm: Global norm of the gradient, before clipping. Of several devices: of their mean, if
         that is clipped; else the root of the mean of their squares, which is not below it.
       skipped: int32, how many updates were skipped because something was not finite: each block
-        counts one, and everything outside them one.
+        counts one, and everything outside them one, if any leaf of it was.
       aux: What else the head returned, floating arrays averaged over devices; None without
         ``has_aux``.
     """
@@ -98,7 +98,9 @@ def train_step(
       head: ``(params, x, batch) -> loss``, a scalar, where `params` is everything outside the
         blocks; or ``(loss, aux)``.
       tx: Any transformation that treats each layer of each leaf by itself, chains, masks and
-        partitions included. One that does not is refused by name when the step is traced.
+        partitions included. One that does not is refused by name when the step is traced. In
+        `jax.shard_map` and `jax.pmap` a lens in it has to know the `axis_name`: without one nothing
+        is averaged, and devices drift apart.
       blocks: The entry of the parameters that holds the stacked layers, ``[layers, ...]`` each.
       has_aux: Whether `head` returns a pair.
       clip_norm: Clips by the global norm of this step's gradient, as `optax.clip_by_global_norm` in
@@ -107,10 +109,10 @@ def train_step(
         `pullback` projects). `layerwise.clip_by_previous_norm` needs neither. In a window it clips
         each micro-batch by itself.
       skip_nonfinite: A step whose loss is not finite changes nothing. With a finite loss, a block
-        keeps its parameters and its state if its own gradient is not finite, and so does, together,
-        what is outside the blocks; counts advance. In a window such a gradient counts as zero
-        instead. With `clip_norm` the norm is known in time: if it is not finite, nothing changes.
-        `optax.apply_if_finite` would need all gradients.
+        keeps its parameters and its state if its own gradient is not finite, and outside the blocks
+        every leaf does so by itself; counts advance. With a window anywhere in the state such a
+        gradient counts as zero instead. With `clip_norm` the norm is known in time: if it is not
+        finite, nothing changes. `optax.apply_if_finite` would need all gradients.
       layers_alone: Accept a `tx` that mixes the layers of a leaf (`optax.clip_by_block_rms`, trust
         ratios), and apply it to each layer alone: what it does to layers that are not stacked.
       pullback: How the gradient of each piece is taken. `galore_jax.backward.pullback` never forms

@@ -98,7 +98,8 @@ def _lens(lens: LowRankState, tree: _Tree) -> Iterator[Part]:
     plans = leaf_plan(lens.config, own.params)
     projected = {plan.path for plan in plans if plan.view is not None}
     yield Part(None, OTHER, tree_bytes(lens.count))
-    yield from _all_as(PROJECTORS, lens.projectors, own)
+    for path, stored in zip(own.paths, own.treedef.flatten_up_to(lens.projectors), strict=True):
+        yield Part(path, PROJECTORS, tree_bytes(stored))
     yield from _all_as(REFRESH, lens.refresh_state, own)
     yield from _any(lens.inner_state, own, lambda path: MOMENTS if path in projected else FULL_RANK)
 

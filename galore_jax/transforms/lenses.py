@@ -107,8 +107,10 @@ def own_params(lens: LowRankState, params: Any) -> Any:
     What a mask keeps from it is a `MaskedNode` there, for a leaf or for a whole branch.
     """
     given = dict(zip(leaf_paths(params), flatten_leaves(params)[0], strict=True))
-    _, treedef = flatten_leaves(lens.projectors)
-    return treedef.unflatten(given[path] for path in leaf_paths(lens.projectors))
+    # One array per leaf, whatever a basis is stored as.
+    likes = lens.refresh_state.refreshes
+    _, treedef = flatten_leaves(likes)
+    return treedef.unflatten(given[path] for path in leaf_paths(likes))
 
 
 def _is_known(node: Any) -> bool:

@@ -66,12 +66,12 @@ def ordinary_phases(s: Sizes, *, guarded: bool = True) -> list[Phase]:
 
 
 def layerwise_phases(s: Sizes) -> list[Phase]:
-    """One block's gradient at a time, VDe for the head before and the embedding after the blocks.
+    """One block's gradient at a time, VDp for the head before and the embedding after the blocks.
 
     Clipping waits for the norm: then the head's gradient is there until the blocks were walked. So
     are the sums of micro-batches.
     """
-    head = s.vocab * s.width * s.item
+    head = s.vocab * s.width * s.param_item
     walk = {
         GRADIENTS: s.gradients.layer + s.gradients.sums + s.clipped * head,
         SAVED: saved(s),
@@ -149,4 +149,4 @@ def range_finder(s: Sizes) -> int:
 
 def block_update(s: Sizes) -> int:
     """The update of the block's largest matrix, lifted, and the weights that it is added to."""
-    return 2 * s.matrix
+    return 2 * s.matrix // s.item * s.param_item

@@ -53,6 +53,7 @@ class Sizes:
         heads: of attention.
         layers: blocks (L).
         item: bytes of an activation.
+        param_item: bytes of an entry of a parameter and of its gradient.
         remat: whether activations are computed again.
         layerwise: whether blocks are updated one by one.
         clipped: whether gradients are clipped by their global norm.
@@ -77,6 +78,7 @@ class Sizes:
     heads: int
     layers: int
     item: int
+    param_item: int
     remat: bool
     layerwise: bool
     clipped: bool
@@ -118,6 +120,7 @@ def sizes_of(run: Run) -> Sizes:
         heads=max(llama.num_heads // split, 1),
         layers=llama.num_layers,
         item=item,
+        param_item=jnp.dtype(llama.param_dtype).itemsize,
         remat=llama.remat or settings.schedule.layerwise,
         layerwise=settings.schedule.layerwise,
         clipped=settings.schedule.clip > 0,
