@@ -1,4 +1,4 @@
-"""Whole training steps of a Llama: AdamW, GaLore, and GaLore with the projected backward pass.
+"""Whole training steps of a Llama: AdamW, GaLore, with the projected backward pass, layer-wise.
 
     python -m benchmarks.training_step [--presets 20m 60m] [--repeats 4] [--batch 8] [--seq-len 256]
 
@@ -68,14 +68,19 @@ def steps(name: str, options: argparse.Namespace) -> tuple[Any, Any, dict[str, A
         "GaLore, full gradient": (galore, lambda p, s, b: full(p, b)),
         "GaLore, projected backward": (galore, gj.projected_value_and_grad(loss_fn, galore)),
     }
-    return (
-        llama,
-        (options.batch, options.seq_len),
-        {
-            method: (tx, functools.partial(_step, tx, gradient))
-            for method, (tx, gradient) in methods.items()
-        },
+    found: dict[str, Any] = {
+        method: (tx, functools.partial(_step, tx, gradient))
+        for method, (tx, gradient) in methods.items()
+    }
+    layerwise = gj.layerwise.train_step(
+        lambda params, batch: model.embed(llama, params, batch["inputs"]),
+        functools.partial(model.block, llama),
+        functools.partial(objective.head_loss, llama),
+        galore,
+        pullback=gj.backward.pullback,
     )
+    found["GaLore, layer-wise"] = galore, layerwise
+    return llama, (options.batch, options.seq_len), found
 
 
 def _step(tx: Any, gradient: Any, params: Any, state: Any, batch: Any) -> Any:
