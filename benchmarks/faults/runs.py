@@ -151,12 +151,17 @@ class Run:
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Every leaf of the training state in a checkpoint, by its path."""
-        path = self.checkpoints / f"{step:08d}"
-        record = json.loads((path / "run.json").read_text())
-        leaves = {name: _abstract(signature) for name, signature in record["leaves"].items()}
-        stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
-        loaded = ocp.load_checkpointables(path, {"arrays": stored})["arrays"]
-        return {name: np.asarray(leaf) for name, leaf in loaded.items()}
+        return saved_arrays(self.directory, step)
+
+
+def saved_arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every leaf of the training state in a checkpoint of a run, by its path."""
+    path = run_dir / "checkpoints" / f"{step:08d}"
+    record = json.loads((path / "run.json").read_text())
+    leaves = {name: _abstract(signature) for name, signature in record["leaves"].items()}
+    stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
+    loaded = ocp.load_checkpointables(path, {"arrays": stored})["arrays"]
+    return {name: np.asarray(leaf) for name, leaf in loaded.items()}
 
 
 def call(line: Sequence[str]) -> tuple[int, str]:

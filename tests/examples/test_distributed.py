@@ -34,11 +34,6 @@ def compile_once(cache):
         yield
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -43,11 +43,6 @@ def compile_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
     """A run on one device."""
     run_dir = tmp_path_factory.mktemp("reference")

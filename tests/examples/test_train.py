@@ -45,11 +45,6 @@ def compile_once(cache):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
     """A run that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("reference")

@@ -14,11 +14,6 @@ LAYERWISE = ("--layerwise",)
 BASE = tiny_run.GALORE | {"batch-size": 4, "clip": 0}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 def losses(corpus, *flags, count=7, **options):
     line = tiny_run.arguments(corpus, "unused", *flags, **(BASE | options))
     made = task.make_task(config.resolve(config.parse(line)))

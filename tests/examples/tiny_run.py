@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
-from orbax.checkpoint.experimental import v1 as ocp
 
+from benchmarks.faults.runs import VOCAB, write_corpus
+from benchmarks.faults.runs import saved_arrays as arrays
 from examples.llama import train
 
-VOCAB = 64
+__all__ = ["arguments", "arrays", "command", "compilation_cache", "rows", "run", "write_corpus"]
+
 SIZES = {
     "hidden-size": 16,
     "intermediate-size": 32,
@@ -28,18 +29,6 @@ SIZES = {
 SHORT = {"steps": 8, "eval-every": 4, "eval-batches": 2, "save-every": 4, "log-every": 2}
 OPTIMIZER = {"learning-rate": 3e-3, "seed": 0}
 GALORE = {"optimizer": "galore_adamw", "rank": 4, "gap": 3, "refresh": "staggered"}
-
-
-def write_corpus(directory: Path) -> Path:
-    """Text of a Markov chain, which a model can learn something about."""
-    rng = np.random.default_rng(0)
-    likely = rng.integers(VOCAB, size=(VOCAB, 4))
-    tokens = np.zeros(6000, np.uint16)
-    for i in range(1, len(tokens)):
-        tokens[i] = likely[tokens[i - 1], rng.integers(4)]
-    np.save(directory / "train.npy", tokens[:5000])
-    np.save(directory / "valid.npy", tokens[5000:])
-    return directory
 
 
 def arguments(corpus: Path, run_dir: Path, *flags: str, **options: object) -> list[str]:
@@ -61,23 +50,6 @@ def rows(run_dir: Path) -> list[dict]:
     """The rows of metrics.jsonl, but for what the clock put in."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
-
-
-def arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every leaf of the training state in a checkpoint."""
-    path = run_dir / "checkpoints" / f"{step:08d}"
-    record = json.loads((path / "run.json").read_text())
-    template = {name: _abstract(signature) for name, signature in record["leaves"].items()}
-    stored = {name: leaf for name, leaf in template.items() if leaf.size}
-    loaded = ocp.load_checkpointables(path, {"arrays": stored})["arrays"]
-    return {name: np.asarray(leaf) for name, leaf in loaded.items()}
-
-
-def _abstract(signature: str) -> jax.ShapeDtypeStruct:
-    """What `float32[2,3]` stands for, on one device whatever it was saved from."""
-    dtype, shape = signature.removesuffix("]").split("[")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct([int(n) for n in shape.split(",") if n], dtype, sharding=here)
 
 
 @contextlib.contextmanager
