@@ -33,7 +33,7 @@ def attend(
         ValueError: the pieces do not make up the sequence.
     """
     if kernel == "auto":
-        kernel = "cudnn" if _is_cuda() and _has_flash_kernel(q) else "xla"
+        kernel = "cudnn" if _is_cuda() and has_flash_kernel(q.dtype, q.shape[-1]) else "xla"
     if kernel == "xla" and chunk is not None and chunk < q.shape[1]:
         return _in_pieces(q, k, v, chunk)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
@@ -56,9 +56,9 @@ def _in_pieces(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Arra
     return mixed.swapaxes(0, 1).reshape(q.shape)
 
 
-def _has_flash_kernel(q: jax.Array) -> bool:
-    head_dim = q.shape[-1]
-    in_16_bits = q.dtype in (jnp.bfloat16, jnp.float16)
+def has_flash_kernel(dtype: Any, head_dim: int) -> bool:
+    """Whether cuDNN's flash attention takes such queries."""
+    in_16_bits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     return in_16_bits and head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
 
 

@@ -18,6 +18,7 @@ import rich.console
 import tyro
 
 from examples.llama import config, mesh, model, optimizers, progress
+from examples.llama.attention import CUDNN_MAX_HEAD_DIM, has_flash_kernel
 from examples.llama.planning import compiled, table
 from examples.llama.planning.estimate import estimate
 from examples.llama.planning.run import Run, abstract_mesh, make_run
@@ -75,7 +76,9 @@ def plan(options: PlanConfig) -> Any:
     sizes = mesh.parse_axes(axes or "data=1")
     if options.compile != "no":
         compiled.prepare(options.compile, math.prod(sizes.values()))
-    check_step(make_run(settings, abstract_mesh(axes)))
+    planned = make_run(settings, abstract_mesh(axes))
+    check_kernel(options, planned.llama)
+    check_step(planned)
     found = None
     if options.compile != "no":
         devices = compiled.target_mesh(options.compile, axes)
@@ -90,10 +93,16 @@ def check(options: PlanConfig) -> None:
         raise ValueError(
             "--attention cudnn --compile: its kernel needs a GPU. Compile with --attention xla."
         )
-    if options.attention == "cudnn" and options.train.model.dtype != "bfloat16":
+
+
+def check_kernel(options: PlanConfig, llama: model.LlamaConfig) -> None:
+    """Raises where the kernel that is counted with does not take the model's attention."""
+    if options.attention == "cudnn" and not has_flash_kernel(llama.dtype, llama.head_dim):
         raise ValueError(
-            f"--attention cudnn: its kernel takes 16 bits, but --dtype is "
-            f"{options.train.model.dtype}. Give --dtype bfloat16."
+            f"--attention cudnn: its kernel takes 16 bits and heads of a multiple of 8 up to "
+            f"{CUDNN_MAX_HEAD_DIM} features, but --dtype is {options.train.model.dtype} and a head "
+            f"has {llama.head_dim}. Give --dtype bfloat16 and other --num-heads, or --attention "
+            f"xla with an --attention-chunk."
         )
 
 

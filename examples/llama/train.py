@@ -293,9 +293,9 @@ def check_finite(rows: list[progress.Row], run: config.RunOptions) -> None:
         if row["bad_in_a_row"] >= run.max_bad_steps:
             raise GiveUpError(
                 f"loss or gradient was not finite in {run.max_bad_steps} steps in a row, the last "
-                f"of them step {row['step']}. None of them was applied, and the checkpoints in "
-                f"{run.run_dir} are from before. Resume from there with a lower --learning-rate, "
-                f"a --clip, or --dtype float32."
+                f"of them step {row['step']}. What was not finite was not applied, and the "
+                f"checkpoints in {run.run_dir} are from before. Resume from there with a lower "
+                f"--learning-rate, a --clip, or --dtype float32."
             )
 
 

@@ -197,12 +197,8 @@ def _while(eqn: Any, operands: list[Reach], layers: int) -> list[Reach]:
 
 
 def _scan(eqn: Any, operands: list[Reach], layers: int) -> list[Reach]:
-    first, second = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, xs = (
-        operands[:first],
-        operands[first : first + second],
-        operands[first + second :],
-    )
+    consts, carry, xs = _scan_groups(eqn, operands)
+    carried = len(carry)
     body = eqn.params["jaxpr"].jaxpr
     tag = ("scan", id(eqn))
 
@@ -221,12 +217,21 @@ def _scan(eqn: Any, operands: list[Reach], layers: int) -> list[Reach]:
         return dataclasses.replace(y, axis=y.axis + 1, start=start, symbol=None)
 
     def once(carry: list[Reach]) -> list[Reach]:
-        out = reach(body, consts + carry + list(map(entered, xs)), layers)[:second]
+        out = reach(body, consts + carry + list(map(entered, xs)), layers)[:carried]
         return [x if x.start != tag else _mixed(x) for x in out]
 
     carry = _stable(once, carry, eqn)
-    ys = reach(body, consts + carry + list(map(entered, xs)), layers)[second:]
+    ys = reach(body, consts + carry + list(map(entered, xs)), layers)[carried:]
     return carry + list(map(left, ys))
+
+
+def _scan_groups(eqn: Any, operands: list[Reach]) -> list[list[Reach]]:
+    """Constants, what is carried, and what is scanned over."""
+    if "ft_in" in eqn.params:  # since JAX 0.12
+        return [list(group) for group in eqn.params["ft_in"].update(operands).unpack()]
+    first = eqn.params["num_consts"]
+    second = first + eqn.params["num_carry"]
+    return [operands[:first], operands[first:second], operands[second:]]
 
 
 def _stable(once: Any, carry: list[Reach], eqn: Any) -> list[Reach]:

@@ -153,6 +153,26 @@ def copy_of(killed, directory):
     return directory
 
 
+def test_two_processes_stop_and_one_goes_on(start, corpus, tmp_path):
+    """Both need every row of a batch, the devices of each share the matrices; then one has all."""
+    run_dir = tmp_path / "run"
+    processes = start(run_dir, 2, 2, mesh="tensor=2,fsdp=2")
+    processes.wait_for_step(run_dir, 4)
+    processes.processes[1].send_signal(signal.SIGTERM)
+    assert processes.wait() == [128 + signal.SIGTERM] * 2, processes.text(0)
+    assert "4 x cpu, tensor=2, fsdp=2, 2 processes" in processes.text(0)
+    assert "loss" not in processes.text(1), "one of them speaks for all"
+    stopped = max(row["step"] for row in rows(run_dir))
+    assert f"SIGTERM: saved step {stopped}; go on with" in processes.text(0)
+    assert newest(run_dir) == stopped < 48
+
+    assert train.main(["--run-dir", str(run_dir), "--resume"]) == train.FINISHED
+    assert tiny_run.run(corpus, tmp_path / "alone", **RUN) == train.FINISHED
+    assert len(losses(run_dir)) == 50
+    np.testing.assert_allclose(losses(run_dir), losses(tmp_path / "alone"), rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_go_on_anywhere(start, corpus, killed, reference, tmp_path):
     """One test, so that what it starts from is made once, however many workers there are."""
     same = copy_of(killed, tmp_path / "same")
@@ -177,16 +197,6 @@ def test_two_processes_go_on_anywhere(start, corpus, killed, reference, tmp_path
 
     assert tiny_run.run(corpus, tmp_path / "alone", **RUN) == train.FINISHED
     np.testing.assert_allclose(losses(tmp_path / "alone"), losses(reference), rtol=1e-5)
-
-
-def test_tensor_parallel_over_processes(start, corpus, tmp_path):
-    """Both need every row of a batch; the devices of each share the matrices."""
-    short = {"steps": 6, "eval-every": 6, "save-every": 6}
-    processes = start(tmp_path / "run", 2, 2, mesh="tensor=2,fsdp=2", **short)
-    assert processes.wait() == [0, 0], processes.text(0)
-    assert tiny_run.run(corpus, tmp_path / "alone", **(RUN | short)) == train.FINISHED
-    assert len(losses(tmp_path / "run")) == 7
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=1e-5)
 
 
 def test_all_give_up_together(start, tmp_path):

@@ -39,10 +39,11 @@ def named(faults, *names):
 
 
 def test_a_kill(ground):
-    (outcome,) = survive(named(processes.kill(ground), "layerwise"))
+    (outcome,) = survive(named(processes.kill(ground), "plain"))
     assert outcome.times == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk(ground):
     try:
         survive(storage.disk(ground))
@@ -59,7 +60,7 @@ def test_damaged_files(ground):
 
 
 def test_a_loss_that_is_no_number_on_a_refresh(ground):
-    _, second, _ = named(numbers.no_number(ground), "nan, layerwise")
+    _, second, _ = named(numbers.no_number(ground), "nan, plain")
     survive([second])
 
 
