@@ -8,7 +8,7 @@ from importlib.metadata import version
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     ]

@@ -52,7 +52,7 @@ def test_the_platform_is_detected():
 
 @pytest.mark.parametrize("chunk", [1, 4, 6])
 def test_pieces_make_up_the_whole(chunk):
-    """Values and gradients, in float64."""
+    """Values and gradients; the softmax is one of float32, whatever the dtype."""
 
     def mixed(chunk):
         def loss(arrays):
@@ -62,7 +62,7 @@ def test_pieces_make_up_the_whole(chunk):
         return jax.value_and_grad(loss, has_aux=True)(queries_keys_values(12, dtype=np.float64))
 
     with jax.enable_x64(True):
-        chex.assert_trees_all_close(mixed(chunk), mixed(None), rtol=1e-11, atol=1e-13)
+        chex.assert_trees_all_close(mixed(chunk), mixed(None), rtol=0, atol=5e-7)
 
 
 def test_scores_of_one_piece_exist_at_a_time():

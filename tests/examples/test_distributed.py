@@ -23,17 +23,6 @@ RUN = GALORE | SHORT | {"steps": 48, "save-every": 6, "eval-every": 24, "log-eve
 MINUTE = 60
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(cache):
-    with tiny_run.compilation_cache(cache):
-        yield
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -43,17 +32,14 @@ def free_port():
 class Processes:
     """Trainers that are one run; what each printed is in a file of its own."""
 
-    def __init__(self, cache, output, *lines):
+    def __init__(self, output, *lines):
         output.mkdir(exist_ok=True)
         self.outputs = [output / f"{len(list(output.iterdir()))}-{i}" for i in range(len(lines))]
         self.processes = []
         for line, path in zip(lines, self.outputs, strict=True):
-            command, environment = tiny_run.command(cache, line)
             with path.open("w") as file:
                 self.processes.append(
-                    subprocess.Popen(
-                        command, env=environment, stdout=file, stderr=subprocess.STDOUT
-                    )
+                    subprocess.Popen(tiny_run.command(line), stdout=file, stderr=subprocess.STDOUT)
                 )
 
     def text(self, number):
@@ -80,7 +66,7 @@ class Processes:
 
 
 @pytest.fixture(scope="module")
-def start(cache, corpus):
+def start(corpus):
     """`start(run_dir, processes, devices of each, flags, options)`."""
 
     def start(run_dir, count, devices, *flags, **options):
@@ -97,7 +83,7 @@ def start(cache, corpus):
             )
             for i in range(count)
         ]
-        return Processes(cache, run_dir.parent / "output", *lines)
+        return Processes(run_dir.parent / "output", *lines)
 
     return start
 
@@ -252,7 +238,7 @@ def test_being_killed_many_times_changes_nothing(start, reference, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_preset_tiny_goes_on_anywhere(cache, tmp_path):
+def test_the_preset_tiny_goes_on_anywhere(tmp_path):
     """The real thing: speeches, 3 million parameters, both processes killed in the middle."""
     recipe = (
         "--preset tiny --steps 24 --save-every 6 --eval-every 12 --log-every 1 --eval-batches 2"
@@ -265,7 +251,7 @@ def test_the_preset_tiny_goes_on_anywhere(cache, tmp_path):
             lines = [["--process-id", str(i)] for i in range(2)]
             place += f" --coordinator localhost:{free_port()} --num-processes 2"
         shared = [*recipe.split(), *place.split(), "--run-dir", str(run_dir), *flags]
-        return Processes(cache, tmp_path / "output", *([*shared, *line] for line in lines))
+        return Processes(tmp_path / "output", *([*shared, *line] for line in lines))
 
     two = "--distributed --cpu-devices 1"
     processes = start(tmp_path / "reference", two)

@@ -13,16 +13,14 @@ import pytest
 from benchmarks import drills, report
 from benchmarks.faults import DRILLS, numbers, processes, refusals, storage
 from benchmarks.faults.ground import Fault, Ground, ImpossibleError, Outcome
-from benchmarks.faults.runs import VARIANTS, DrillError, compiled_once, insist_same
+from benchmarks.faults.runs import VARIANTS, DrillError, insist_same
 
 STEPS = 60
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("drills")
-    with compiled_once(directory / "compiled"):
-        yield Ground(directory, steps=STEPS)
+    return Ground(tmp_path_factory.mktemp("drills"), steps=STEPS)
 
 
 def survive(faults):
@@ -41,6 +39,10 @@ def named(faults, *names):
 def test_a_kill(ground):
     (outcome,) = survive(named(processes.kill(ground), "plain"))
     assert outcome.times == 1
+
+
+def test_a_signal(ground):
+    survive(named(processes.stop(ground), "SIGTERM, plain"))
 
 
 @pytest.mark.slow
@@ -143,6 +145,5 @@ def test_the_tally(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRILLS)
 def test_every_drill(name, tmp_path):
-    with compiled_once(tmp_path / "compiled"):
-        lines = list(drills.held(name, Ground(tmp_path, kills=12)))
+    lines = list(drills.held(name, Ground(tmp_path, kills=12)))
     assert lines and all(line.survived == line.times for line in lines), lines

@@ -36,12 +36,6 @@ MORE_OPTIMIZERS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    with tiny_run.compilation_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
     """A run on one device."""

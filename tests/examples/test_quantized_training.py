@@ -17,12 +17,6 @@ WIDE = {"hidden-size": 64, "intermediate-size": 256}
 Q_GALORE = WIDE | {"optimizer": "q_galore_adamw8bit", "weights": "int8", "rank": 8, "gap": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    with tiny_run.compilation_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory):
     """A run that nothing happened to."""

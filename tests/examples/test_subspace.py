@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_run
 from matplotlib.image import imread
 from tiny_run import GALORE, rows, run
 
@@ -14,12 +13,6 @@ from examples.llama import config, progress, report, subspace, train
 
 KINDS = [*subspace.KINDS]
 LOOKS = GALORE | {"backward": "full", "diagnostics-every": 2, "refresh": "every", "gap": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    with tiny_run.compilation_cache(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

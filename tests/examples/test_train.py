@@ -3,12 +3,8 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_run
-from tiny_run import GALORE, SHORT, arrays, rows, run
+from tiny_run import GALORE, arrays, rows, run
 
 from examples.llama import (
     compare,
@@ -31,17 +27,6 @@ from examples.llama import (
 )
 
 ADAMW = {"optimizer": "adamw", "matrix-lr-scale": 0.25}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(cache):
-    with tiny_run.compilation_cache(cache):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -355,79 +340,7 @@ def test_the_log_survives_a_full_disk(tmp_path):
     ]
 
 
-def start(line, cache, output):
-    command, environment = tiny_run.command(cache, line)
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def wait_for_step(run_dir, number, process):
-    """Until the run has logged a step, so that a signal meets it at work."""
-    for _ in range(1200):
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and any(row["step"] >= number for row in progress.read_metrics(path)):
-            return
-        assert process.poll() is None, "ended before its time"
-        time.sleep(0.05)
-    raise AssertionError("did not get there in a minute")
-
-
-# A save is under way most of the time.
-DRILL = SHORT | {"steps": 300, "save-every": 3, "eval-every": 300, "log-every": 3}
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.sampled(1)
-def test_a_signal_saves_and_exits(number, corpus, cache, tmp_path):
-    run_dir = tmp_path / "run"
-    line = tiny_run.arguments(corpus, run_dir, **(ADAMW | DRILL))
-    with (tmp_path / "output").open("w") as output:
-        process = start(line, cache, output)
-        wait_for_step(run_dir, 30, process)
-        process.send_signal(number)
-        assert process.wait(60) == 128 + number
-    last = max(row["step"] for row in rows(run_dir))
-    newest = max(int(path.name) for path in (run_dir / "checkpoints").iterdir())
-    assert newest == last < 300
-    assert "--resume" in (tmp_path / "output").read_text()
-
-
-def kill_drill(corpus, cache, reference, run_dir, kills, seed):
-    """Kills a run at random moments until it has had enough; it must still end up the same."""
-    moments = random.Random(seed)
-    line = tiny_run.arguments(corpus, run_dir, "--resume", **(ADAMW | DRILL))
-    with (run_dir.parent / "output").open("w") as output:
-        for _ in range(kills):
-            process = start(line, cache, output)
-            began = progress.read_metrics(run_dir / "metrics.jsonl") if run_dir.exists() else []
-            done = max((row["step"] for row in began), default=0)
-            wait_for_step(run_dir, min(done + 1, DRILL["steps"] - 1), process)
-            time.sleep(moments.uniform(0.0, 0.5))
-            process.kill()
-            process.wait()
-        assert start(line, cache, output).wait(120) == 0
-    assert_same_run(run_dir, reference)
-
-
-@pytest.fixture(scope="module")
-def drill_reference(corpus, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("drill")
-    assert run(corpus, run_dir, **(ADAMW | DRILL)) == train.FINISHED
-    return run_dir
-
-
-@pytest.mark.slow
-def test_being_killed_three_times_changes_nothing(corpus, cache, drill_reference, tmp_path):
-    kill_drill(corpus, cache, drill_reference, tmp_path / "run", kills=3, seed=0)
-
-
-@pytest.mark.slow
-def test_being_killed_twenty_times_changes_nothing(corpus, cache, drill_reference, tmp_path):
-    kill_drill(corpus, cache, drill_reference, tmp_path / "run", kills=20, seed=1)
-
-
-def test_a_comparison_is_a_table_a_plot_and_is_not_done_twice(corpus, tmp_path, cache, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+def test_a_comparison_is_a_table_a_plot_and_is_not_done_twice(corpus, tmp_path, monkeypatch):
     shared = tiny_run.arguments(corpus, tmp_path / "unused", steps=2)
     tail = ["--out", str(tmp_path), "--learning-rates", "1e-3", "--seeds", "0", "--", *shared]
     assert compare.main(["--variants", "adamw", *tail]) == 0

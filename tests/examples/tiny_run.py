@@ -1,21 +1,16 @@
 """Runs of the trainer that last a second: the corpus, the command line, what they leave behind."""
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
-from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
 
 from benchmarks.faults.runs import VOCAB, write_corpus
 from benchmarks.faults.runs import saved_arrays as arrays
 from examples.llama import train
 
-__all__ = ["arguments", "arrays", "command", "compilation_cache", "rows", "run", "write_corpus"]
+__all__ = ["arguments", "arrays", "command", "rows", "run", "write_corpus"]
 
 SIZES = {
     "hidden-size": 16,
@@ -52,35 +47,9 @@ def rows(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
-@contextlib.contextmanager
-def compilation_cache(directory: Path) -> Iterator[None]:
-    """Programs are compiled once for all runs of a test module, and of its child processes."""
-    settings = {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    _configure(settings)
-    try:
-        yield
-    finally:
-        _configure(before)
-
-
-def _configure(settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    # JAX looks at the settings once, at its first compilation.
-    compilation_cache_module.reset_cache()
-
-
-def command(cache: Path, line: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Program and environment of a run in a process of its own."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    return [sys.executable, "-m", "examples.llama.train", *line], environment
+def command(line: Sequence[str]) -> list[str]:
+    """The program of a run in a process of its own."""
+    return [sys.executable, "-m", "examples.llama.train", *line]
 
 
 def saved_identity(run_dir: Path, step: int) -> dict[str, Any]:
