@@ -50,8 +50,7 @@ class ModelOptions:
     head_chunk: int | None = None
     """Tokens of a sequence whose logits exist at once (default: all): less memory."""
     attention_chunk: int | None = None
-    """Queries whose attention scores exist at once (default: all): less memory where there is no
-    flash attention."""
+    """Queries whose attention scores exist at once (default: all): less memory without cuDNN."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,13 +31,10 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]
 
 
 def refreshes(opt_state: Any) -> dict[str, int] | None:
-    """How often bases were recomputed, and how many there are; None without a lens."""
-    lenses = find_lenses(opt_state)
-    if not lenses:
-        return None
+    """How often bases were recomputed, and how many there are; None without any."""
     counts = [
         np.asarray(count)
-        for lens in lenses
+        for lens in find_lenses(opt_state)
         for basis, count in zip(
             jax.tree.structure(lens.refresh_state.refreshes).flatten_up_to(lens.projectors),
             jax.tree.leaves(lens.refresh_state.refreshes),
@@ -45,6 +42,8 @@ def refreshes(opt_state: Any) -> dict[str, int] | None:
         )
         if any(part.ndim > 0 for part in jax.tree.leaves(basis))  # a scalar: not projected
     ]
+    if not counts:
+        return None
     return {
         "done": int(sum(count.sum() for count in counts)),
         "bases": sum(count.size for count in counts),
