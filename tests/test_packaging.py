@@ -48,4 +48,4 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
     run(sys.executable, "-m", "venv", "empty", cwd=tmp_path)
     python = str(tmp_path / "empty" / "bin" / "python")
     run(python, "-m", "pip", "install", str(wheel), cwd=tmp_path)
-    assert "site-packages" in run(python, "-W", "error", "-c", USE, cwd=tmp_path)
+    assert "site-packages" in run(python, "-I", "-W", "error", "-c", USE, cwd=tmp_path)

@@ -123,6 +123,7 @@ def plot_losses(path: Path, rows: list[Row], *, unigram_nats: float, title: str)
             textcoords="offset points",
             ha="right",
             color="tab:orange",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.axhline(unigram_nats, color="gray", linestyle="--", label=f"unigrams, {unigram_nats:.2f}")
     axes.set(title=title, xlabel="optimizer step", ylabel="loss [nats per token]")

@@ -52,16 +52,20 @@ def gradient_of(cotangents: Probes) -> ProjectedGradient:
     """What the optimizer gets.
 
     Products that each found a basis of their own have no projected gradient in common: NaN, in a
-    basis that is NaN and therefore never taken over.
+    basis that is NaN and therefore never taken over. A weight that takes part in no product gets a
+    gradient of zero.
     """
     moved = cotangents.moved > 0
     several = (moved & (cotangents.uses > 1))[..., None, None]
     uses = jnp.maximum(cotangents.uses, 1)[..., None, None].astype(cotangents.basis.dtype)
-    return ProjectedGradient(
+    gradient = ProjectedGradient(
         jnp.where(several, jnp.nan, cotangents.value),
         jnp.where(several, jnp.nan, cotangents.basis / uses),
         moved,
     )
+    # Without a product it is nothing at all: added to a gradient, it leaves it what it is.
+    nothing = jax.tree.map(jnp.zeros_like, gradient)
+    return subspace.where_matrices(cotangents.uses > 0, gradient, nothing)
 
 
 def cotangents_of(

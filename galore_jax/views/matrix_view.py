@@ -118,23 +118,25 @@ class MatrixView:
     ) -> jax.Array:
         """R = G·P, ``[*batch, kept, rank]``; accumulates in the basis dtype."""
         batch, kept, projected, full = self._letters()
-        factor = self._unflatten(basis, self.projected).astype(leaf.dtype)
         product = functools.partial(
             jnp.einsum, precision=precision, preferred_element_type=basis.dtype
         )
-        if self._projected_first:
-            # Pᵀ·G, and only its small result transposed: contracting the leading axis of G as a
-            # left operand takes up to 1.7 times longer on CPU. The barrier keeps XLA from folding
-            # the transposition back into the product.
-            if self.batch + self.projected + self.kept == tuple(range(leaf.ndim)):
-                # As matrices: the CPU backend has no 16-bit product over several axes.
-                leaf = self.transposed.to_matrices(leaf)
-                low_rank = product("...pZ,...pk->...Zk", basis.astype(leaf.dtype), leaf)
-            else:
-                low_rank = product(f"{batch}{projected}Z,{full}->{batch}Z{kept}", factor, leaf)
-            low_rank = jnp.moveaxis(jax.lax.optimization_barrier(low_rank), len(batch), -1)
+        # The CPU backend has no 16-bit product over several axes, nor one whose result has its axes
+        # in another order than the leaf. Where the result has to be transposed, a barrier keeps XLA
+        # from folding that back into the product.
+        if self.batch + self.projected + self.kept == tuple(range(leaf.ndim)):
+            # Pᵀ·G: contracting the leading axis of G as a left operand takes up to 1.7 times longer
+            # on CPU.
+            leaf = self.transposed.to_matrices(leaf)
+            low_rank = product("...pZ,...pk->...Zk", basis.astype(leaf.dtype), leaf)
+            low_rank = jax.lax.optimization_barrier(low_rank).mT
         else:
-            low_rank = product(f"{full},{batch}{projected}Z->{batch}{kept}Z", leaf, factor)
+            in_order = "".join(sorted(kept))
+            factor = self._unflatten(basis, self.projected).astype(leaf.dtype)
+            low_rank = product(f"{full},{batch}{projected}Z->{batch}{in_order}Z", leaf, factor)
+            if in_order != kept:
+                low_rank = jax.lax.optimization_barrier(low_rank)
+                low_rank = jnp.einsum(f"{batch}{in_order}Z->{batch}{kept}Z", low_rank)
         return low_rank.reshape(self.low_rank_shape(basis.shape[-1]))
 
     def lift(self, low_rank: jax.Array, basis: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

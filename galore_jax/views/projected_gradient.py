@@ -54,7 +54,7 @@ class ProjectedGradient(OneLeaf):
         dtype = basis.dtype
         self.value = value
         self._basis = basis * jnp.asarray(_TINY, dtype)
-        self._unit = jnp.asarray(_TINY, dtype)
+        self._unit = jnp.full(basis.shape[:-2], _TINY, dtype)
         # Of a basis that is new the squared norm travels along: a sum of several has another one.
         squared = _squared_norm(basis) * jnp.asarray(_TINY, dtype)
         self._moved = None if moved is None else jnp.where(moved, squared, jnp.zeros((), dtype))
@@ -62,7 +62,7 @@ class ProjectedGradient(OneLeaf):
     @property
     def basis(self) -> jax.Array:
         """``[*batch, projected, rank]``; not finite if the gradient was multiplied by zero."""
-        return self._basis / self._unit
+        return self._basis / self._unit[..., None, None]
 
     @property
     def moved(self) -> jax.Array | None:

@@ -15,9 +15,9 @@ LENS = {"rank": 4, "axes": gj.MatrixAxes(-2, -1), "update_proj_gap": 4}
 SGD = gj.galore_sgd(1e-1, momentum=0.9, **LENS)
 
 
-def projected_step(tx):
+def projected_step(tx, loss_fn=sm.loss_fn):
     """An ordinary step with projected gradients."""
-    value_and_grad = backward.projected_value_and_grad(sm.loss_fn, tx)
+    value_and_grad = backward.projected_value_and_grad(loss_fn, tx)
 
     def step(params, opt_state, batch, key=None):
         loss, gradients = value_and_grad(params, opt_state, batch)
@@ -40,6 +40,32 @@ def test_the_same_as_all_projected_gradients_at_once(weights):
     decoded = [gj.quant.dequantize_params(tree) for tree in (found, expected)]
     assert sm.distance(*decoded) < (1e-3 if weights == "int8" else 1e-5)
     assert sm.signature(found_state) == sm.signature(expected_state)
+
+
+def test_weights_outside_the_blocks_may_be_projected_too():
+    """One that only the embedding multiplies by, and one that only the head does."""
+
+    def embed(params, tokens):
+        rows = jax.nn.one_hot(tokens[:, :-1], sm.VOCAB, dtype=jnp.float32)
+        return gj.matmul(rows, params["embed"]["embedding"])
+
+    def loss(params, tokens):
+        x, _ = jax.lax.scan(
+            lambda x, layer: (sm.block(layer, x), None), embed(params, tokens), params["blocks"]
+        )
+        return sm.head(params, x, tokens)
+
+    tx = gj.galore_sgd(1e-1, momentum=0.9, targets="kernel|embedding", **LENS)
+    params, data = sm.initial(), sm.batches(9)
+    state = tx.init(params)
+    assert {"embed/embedding", "lm_head/kernel"} < gj.metrics(state).keys()
+    expected, expected_state, _ = sm.run(projected_step(tx, loss), params, state, data)
+    step = layerwise.train_step(embed, sm.block, sm.head, tx, pullback=backward.pullback)
+    found, found_state, _ = sm.run(step, params, state, data)
+    assert sm.distance(found, expected) < 1e-5
+    for path, seen in gj.metrics(found_state).items():
+        assert (seen.refreshes == gj.metrics(expected_state)[path].refreshes).all(), path
+        assert (seen.refreshes == 3).all(), path
 
 
 def test_the_norm_that_clips_is_that_of_the_projections():

@@ -25,6 +25,8 @@ CASES = {
     "grouped backwards": ((2, 3, 5), (1, 0), 2),
     "grouped around": ((2, 5, 3), (2, 0), 1),
     "groups interleaved": ((2, 3, 4, 2), (3, 1), (2, 0)),
+    "stack between, grouped": ((6, 2, 4, 5), 0, (2, 3)),
+    "grouped in no order": ((6, 2, 4, 3), (0, 3, 1), 2),
     "everything": ((2, 3, 2, 4, 2), (3, 1), (4, 0)),
     "size one": ((1, 6, 4), 1, (0, 2)),
 }
@@ -92,6 +94,26 @@ def test_project_and_lift(case, side):
     np.testing.assert_allclose(
         matrices(np.asarray(lifted), *axes, view.projects_input), product, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_16_bits(case, side, dtype):
+    """The CPU backend compiles products that it then cannot run."""
+    shape, *axes = case
+    view = matrix_view(shape, gj.MatrixAxes(*axes), side)
+    leaf = jnp.asarray(gaussian(shape), dtype)
+    basis = jnp.asarray(gaussian(view.basis_shape(2), seed=1), dtype).astype(jnp.float32)
+    low_rank = jax.jit(view.project)(leaf, basis)
+    assert low_rank.dtype == jnp.float32
+    wide = np.asarray(leaf, np.float32)
+    expected = matrices(wide, *axes, view.projects_input) @ np.asarray(basis)
+    np.testing.assert_allclose(low_rank, expected, atol=1e-5)
+    lifted = jax.jit(lambda *args: view.lift(*args, leaf.dtype))(low_rank, basis)
+    assert lifted.dtype == leaf.dtype
+    lifted = matrices(np.asarray(lifted, np.float32), *axes, view.projects_input)
+    product = expected @ np.swapaxes(np.asarray(basis), -2, -1)
+    np.testing.assert_allclose(lifted, product, atol=0.05 * np.max(np.abs(product)))
 
 
 def test_a_square_orthonormal_basis_changes_nothing(case, side):
