@@ -52,11 +52,14 @@ def plain(cell: str) -> str:
 
 def result(table: str, **where: Any) -> Row:
     """The one row of a result whose columns are as said."""
-    rows = json.loads((RESULTS / f"{table}.json").read_text())["rows"]
-    found = [row for row in rows if all(row[key] == value for key, value in where.items())]
+    found = [row for row in _rows(table) if all(row[key] == value for key, value in where.items())]
     if len(found) != 1:
         raise KeyError(f"{len(found)} rows of {table} with {where}")
     return found[0]
+
+
+def _rows(table: str) -> list[Row]:
+    return json.loads((RESULTS / f"{table}.json").read_text())["rows"]
 
 
 def learned(variant: str, rate: str) -> Row:
@@ -137,7 +140,12 @@ def _training(labels: Sequence[str]) -> Cells:
     table, column = (
         ("training_step", "tokens/s ÷ AdamW") if timed else ("training_flops", "÷ AdamW")
     )
-    methods = ("AdamW", "GaLore, full gradient", "GaLore, projected backward")
+    methods = (
+        "AdamW",
+        "GaLore, full gradient",
+        "GaLore, projected backward",
+        "GaLore, layer-wise",
+    )
     return [(result(table, preset=preset, method=method)[column],) for method in methods]
 
 
@@ -306,7 +314,22 @@ def _share_of_state() -> list[float]:
     return [100 * ours / adamw]
 
 
+def _survived() -> list[float]:
+    """Of the kills, and of all other faults: how many were survived, and how many there were."""
+    held = _rows("drills")
+    if skipped := [row["fault"] for row in held if not row["times"]]:
+        raise KeyError(f"drills that were not held: {skipped}")
+    kills = [row for row in held if row["drill"] == "kill"]
+    others = [row for row in held if row["drill"] != "kill"]
+    return [
+        sum(row[column] for row in rows)
+        for rows in (kills, others)
+        for column in ("survived", "times")
+    ]
+
+
 SENTENCES = (
+    Sentence(r"(\d+) of (\d+) kills .*? and (\d+) of (\d+) other faults", _survived),
     Sentence(
         r"Adam state for a 7B model is (\d+) GB",
         lambda: [result("state_bytes", model="7b")["optax.adamw"]],

@@ -258,14 +258,16 @@ def compiled_once(directory: Path) -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
-    outside = dict(os.environ)
+    outside = {name.upper(): os.environ.pop(name.upper(), None) for name in settings}
     os.environ.update({name.upper(): str(value) for name, value in settings.items()})
     _configure(settings)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(outside)
+        for name, value in outside.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
         _configure(before)
 
 

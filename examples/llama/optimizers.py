@@ -192,7 +192,7 @@ def make_optimizer(
 
 
 def check_rank(options: OptimizerOptions, opt_state: Any) -> None:
-    """Raises where nothing is projected: the run would be one of the optimizer inside."""
+    """Raises where our lens projects nothing: the run would be one of the optimizer inside."""
     if find_lenses(opt_state) and not jax.eval_shape(gj.metrics, opt_state):
         raise ValueError(
             f"--rank {options.rank}: that is the projected width of every matrix of this model or "

@@ -40,7 +40,7 @@ def adopt(
     _check_shapes(plan, gradient)
     basis = gradient.basis.astype(working_dtype(plan.dtype))
     value = gradient.value.astype(config.state_dtype)
-    finite = jnp.all(jnp.isfinite(basis), axis=(-2, -1))
+    finite = gradient.has_basis & jnp.all(jnp.isfinite(basis), axis=(-2, -1))
     if gradient.moved is not None:
         moved = gradient.moved & finite
         return _take_over(config, stored, gradient, basis, moved, value)

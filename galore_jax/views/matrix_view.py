@@ -121,12 +121,12 @@ class MatrixView:
         product = functools.partial(
             jnp.einsum, precision=precision, preferred_element_type=basis.dtype
         )
-        # The CPU backend has no 16-bit product over several axes, nor one whose result has its axes
-        # in another order than the leaf. Where the result has to be transposed, a barrier keeps XLA
-        # from folding that back into the product.
+        # XLA's CPU backend compiles some bf16 products over several axes that it then cannot run:
+        # those whose result has its axes in another order than the leaf, of what was seen. Where
+        # the result has to be transposed, a barrier keeps XLA from folding that back.
         if self.batch + self.projected + self.kept == tuple(range(leaf.ndim)):
-            # Pᵀ·G: contracting the leading axis of G as a left operand takes up to 1.7 times longer
-            # on CPU.
+            # Pᵀ·G: contracting the leading axis of a matrix as a left operand takes up to 1.7 times
+            # longer on CPU.
             leaf = self.transposed.to_matrices(leaf)
             low_rank = product("...pZ,...pk->...Zk", basis.astype(leaf.dtype), leaf)
             low_rank = jax.lax.optimization_barrier(low_rank).mT

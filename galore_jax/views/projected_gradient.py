@@ -28,7 +28,7 @@ class ProjectedGradient(OneLeaf):
     leaf's full shape is not written here.
 
     Transformations in front of a lens see the arrays in here as leaves. The basis travels at 2⁻⁶⁰
-    of its size, next to a number that says so: a norm over all leaves is the norm of the values,
+    of its size, next to numbers that say so: a norm over all leaves is the norm of the values,
     and whatever multiplies all leaves by one factor (a clip by global norm) or poisons them all
     leaves the basis what it was.
 
@@ -61,8 +61,17 @@ class ProjectedGradient(OneLeaf):
 
     @property
     def basis(self) -> jax.Array:
-        """``[*batch, projected, rank]``; not finite if the gradient was multiplied by zero."""
-        return self._basis / self._unit[..., None, None]
+        """``[*batch, projected, rank]``; zero where there is none, see `has_basis`."""
+        return self._basis / self._unit_or_one[..., None, None]
+
+    @property
+    def has_basis(self) -> jax.Array:
+        """``bool[*batch]``; not of a gradient times zero, or of a weight without a product."""
+        return self._unit != 0
+
+    @property
+    def _unit_or_one(self) -> jax.Array:
+        return jnp.where(self.has_basis, self._unit, jnp.ones_like(self._unit))
 
     @property
     def moved(self) -> jax.Array | None:
@@ -77,7 +86,7 @@ class ProjectedGradient(OneLeaf):
         """
         assert self._moved is not None
         squared = _squared_norm(self.basis)
-        alike = jnp.abs(squared - self._moved / self._unit) <= _ROUNDING * squared
+        alike = jnp.abs(squared - self._moved / self._unit_or_one) <= _ROUNDING * squared
         return (self._moved != 0) & ~alike
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:

@@ -169,3 +169,32 @@ def test_tiny_and_huge_gradients(scale):
     one, other = basis(1.0), basis(scale)
     assert one.moved and other.moved
     assert distance(other.basis @ other.basis.T, one.basis @ one.basis.T) < 1e-6
+
+
+def test_a_weight_without_a_product_adds_nothing():
+    """Whatever is added to its gradient stays what it is, matrix by matrix of a stack."""
+    params = {"stack": normal((3, 6, 4)), "other": normal((6, 4), 1)}
+    tx = gj.galore_sgd(0.1, rank=2, axes=gj.MatrixAxes(-2, -1), update_proj_gap=2)
+    x = normal((5, 6), seed=3)
+
+    def gradient_of(state, *numbers):
+        def loss(params):
+            return sum(jnp.sum(jnp.sin(x @ params["stack"][number])) for number in numbers)
+
+        with jax.debug_nans(True):
+            return gj.projected_value_and_grad(loss, tx)(params, state)[1]
+
+    state = tx.init(params)
+    for step in range(3):  # the first and the last find new bases
+        whole, first, rest = (gradient_of(state, *n) for n in ((0, 1, 2), (0,), (1, 2)))
+        assert not any(np.any(part) for part in jax.tree.leaves(whole["other"]))
+        assert not np.any(rest["stack"].has_basis[0]) and np.all(rest["stack"].has_basis[1:])
+        for one, other in ((first, rest), (rest, first)):
+            total = jax.tree.map(jnp.add, one, other)["stack"]
+            assert not np.any(total.is_sum)
+            np.testing.assert_array_equal(total.moved, np.full(3, step % 2 == 0))
+            np.testing.assert_allclose(total.basis, whole["stack"].basis, atol=1e-6)
+            np.testing.assert_allclose(total.value, whole["stack"].value, atol=1e-6)
+        with jax.debug_nans(True):
+            _, state = tx.update(whole, state, params)
+        assert gj.metrics(state)["other"].refreshes == 0

@@ -62,7 +62,7 @@ def test_damaged_files(ground):
 
 
 def test_a_loss_that_is_no_number_on_a_refresh(ground):
-    _, second, _ = named(numbers.no_number(ground), "nan, plain")
+    _, second, _ = named(numbers.no_number(ground), "nan, layerwise")
     survive([second])
 
 

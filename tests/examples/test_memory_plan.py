@@ -218,7 +218,7 @@ def test_a_compiled_step_stands_beside_the_estimate(capsys, monkeypatch):
         (line(accumulation=3), "--accumulation 3 does not divide --batch-size 4"),
         (line(head_chunk=5), "--head-chunk 5 does not divide --seq-len 16"),
         (line(mesh="model=2"), "--mesh model=2: no axis is called 'model'"),
-        (line(mesh="fsdp=3", batch_size=3, rank=4), "--mesh fsdp=3: leaf 'blocks/attn/k/kernel'"),
+        (line(mesh="fsdp=3", batch_size=3), "--mesh fsdp=3: leaf 'blocks/attn/k/kernel'"),
         (line(mesh="data=3"), "--batch-size 4: the rows of a step are shared by data=3"),
         (line(rank=16), "--rank 16: .*none would be projected"),
         (line(optimizer="adamw", rank=4), "--rank: no effect on --optimizer adamw"),

@@ -10,7 +10,19 @@ from benchmarks.faults.runs import VOCAB, write_corpus
 from benchmarks.faults.runs import saved_arrays as arrays
 from examples.llama import train
 
-__all__ = ["arguments", "arrays", "command", "rows", "run", "write_corpus"]
+__all__ = [
+    "GALORE",
+    "SHORT",
+    "SIZES",
+    "VOCAB",
+    "arguments",
+    "arrays",
+    "command",
+    "rows",
+    "run",
+    "saved_identity",
+    "write_corpus",
+]
 
 SIZES = {
     "hidden-size": 16,
