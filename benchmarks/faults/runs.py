@@ -21,7 +21,7 @@ from examples.llama import feed, progress, train
 
 VOCAB = 64
 SAVE_EVERY = 3
-_SIZES = {
+SIZES = {
     "hidden-size": 16,
     "intermediate-size": 32,
     "num-layers": 2,
@@ -100,7 +100,7 @@ class Run:
         """Arguments of the trainer."""
         paths = [str(self.corpus / f"{part}.npy") for part in ("train", "valid")]
         words = ["--run-dir", str(self.directory), "--source", "tokens", "--paths", *paths]
-        for name, value in (_SIZES | _RECIPE | dict(self.options)).items():
+        for name, value in (SIZES | _RECIPE | dict(self.options)).items():
             values = value if isinstance(value, tuple) else () if value is None else (value,)
             words += [f"--{name}", *map(str, values)]
         return [*words, *more]
@@ -236,7 +236,7 @@ def batches(weights: Mapping[int, float], *, leave_out: Sequence[int] = ()) -> I
 
     def following_weighted(self: feed.Training) -> Any:
         batch = following(self)
-        number = self.position["global_next_index"] // _SIZES["batch-size"]
+        number = self.position["global_next_index"] // SIZES["batch-size"]
         if number in leave_out:
             return following_weighted(self)
         tokens = batch["targets"]

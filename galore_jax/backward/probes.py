@@ -58,14 +58,12 @@ def gradient_of(cotangents: Probes) -> ProjectedGradient:
     moved = cotangents.moved > 0
     several = (moved & (cotangents.uses > 1))[..., None, None]
     uses = jnp.maximum(cotangents.uses, 1)[..., None, None].astype(cotangents.basis.dtype)
-    gradient = ProjectedGradient(
+    return ProjectedGradient(
         jnp.where(several, jnp.nan, cotangents.value),
         jnp.where(several, jnp.nan, cotangents.basis / uses),
         moved,
+        used=cotangents.uses > 0,
     )
-    # Without a product it is nothing at all: added to a gradient, it leaves it what it is.
-    nothing = jax.tree.map(jnp.zeros_like, gradient)
-    return subspace.where_matrices(cotangents.uses > 0, gradient, nothing)
 
 
 def cotangents_of(

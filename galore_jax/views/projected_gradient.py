@@ -38,6 +38,8 @@ class ProjectedGradient(OneLeaf):
       moved: ``bool[*batch]``, which bases are new, from whoever ran the refresh of the lens: they
         are taken as they are. None: those that differ from the stored ones are new, and the
         transport of the lens may turn them.
+      used: ``bool[*batch]``, which matrices took part in a product at all; None: all. To the
+        gradient of one that did not, which is zero, another may be added.
 
     Example:
       >>> import jax.numpy as jnp, galore_jax as gj
@@ -48,13 +50,20 @@ class ProjectedGradient(OneLeaf):
 
     value: jax.Array
 
-    def __init__(self, value: jax.Array, basis: jax.Array, moved: jax.Array | None = None):
+    def __init__(
+        self,
+        value: jax.Array,
+        basis: jax.Array,
+        moved: jax.Array | None = None,
+        used: jax.Array | None = None,
+    ):
         if basis.dtype == jnp.float16:
             basis = basis.astype(jnp.float32)  # whose exponents reach down to where it travels
         dtype = basis.dtype
         self.value = value
         self._basis = basis * jnp.asarray(_TINY, dtype)
-        self._unit = jnp.full(basis.shape[:-2], _TINY, dtype)
+        unit = jnp.full(basis.shape[:-2], _TINY, dtype)
+        self._unit = unit if used is None else jnp.where(used, unit, jnp.zeros((), dtype))
         # Of a basis that is new the squared norm travels along: a sum of several has another one.
         squared = _squared_norm(basis) * jnp.asarray(_TINY, dtype)
         self._moved = None if moved is None else jnp.where(moved, squared, jnp.zeros((), dtype))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.runs import VOCAB, write_corpus
+from benchmarks.faults.runs import SIZES, VOCAB, write_corpus
 from benchmarks.faults.runs import saved_arrays as arrays
 from examples.llama import train
 
@@ -24,15 +24,6 @@ __all__ = [
     "write_corpus",
 ]
 
-SIZES = {
-    "hidden-size": 16,
-    "intermediate-size": 32,
-    "num-layers": 2,
-    "num-heads": 2,
-    "vocab-size": VOCAB,
-    "seq-len": 16,
-    "batch-size": 4,
-}
 SHORT = {"steps": 8, "eval-every": 4, "eval-batches": 2, "save-every": 4, "log-every": 2}
 OPTIMIZER = {"learning-rate": 3e-3, "seed": 0}
 GALORE = {"optimizer": "galore_adamw", "rank": 4, "gap": 3, "refresh": "staggered"}
