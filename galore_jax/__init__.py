@@ -7,6 +7,7 @@ from galore_jax import (
     memory,
     projectors,
     quant,
+    recovery,
     refresh,
     transport,
     views,
@@ -23,7 +24,7 @@ from galore_jax.alias import (
 )
 from galore_jax.backward import matmul, projected_value_and_grad
 from galore_jax.describe import describe
-from galore_jax.diagnostics import captured_energy, metrics
+from galore_jax.metrics import captured_energy, metrics
 from galore_jax.sharding import init_sharded, state_sharding
 from galore_jax.transforms import (
     LowRankState,
@@ -69,6 +70,7 @@ __all__ = [
     "q_galore_adamw8bit",
     "quant",
     "quantized_state",
+    "recovery",
     "refresh",
     "scale_by_adam8bit",
     "scale_by_factored_rms",

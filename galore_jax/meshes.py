@@ -22,7 +22,8 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     Args:
       fn: A function of pytrees of arrays; the same object at every call, or it is compiled anew.
       *args: Its arguments.
-      like: Tree of arrays like the result, which is sharded like them, or of their shardings.
+      like: Tree of arrays like the result, which is sharded like them, or of their shardings; or a
+        function without arguments that returns it.
 
     Returns:
       What ``fn(*args)`` returns.
@@ -30,6 +31,7 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     mesh = _explicit_mesh(args)
     if mesh is None:
         return fn(*args)
+    like = like() if callable(like) else like
     specs, treedef = jax.tree.flatten(jax.tree.map(_spec, like))
     return _automatic(fn, mesh, tuple(specs), treedef, *args)
 
@@ -54,7 +56,7 @@ def sharded_alike(
             state,
             params,
             extra_args,
-            like=(like(updates, params), state),
+            like=lambda: (like(updates, params), state),
         )
 
     return wrapped

@@ -9,8 +9,9 @@ import optax
 from jax.sharding import NamedSharding
 
 from galore_jax.quant import dequantize_params
-from galore_jax.transforms.state_specs import state_specs
-from galore_jax.views.leaves import abstract, flatten_leaves, rebox
+from galore_jax.transforms.lenses import abstract_state
+from galore_jax.transforms.state_tree import StateArray, spec_of, state_arrays
+from galore_jax.views.leaves import Leaves
 from galore_jax.views.shardings import sharding_that_divides, shardings_per_leaf
 
 
@@ -21,7 +22,7 @@ def state_sharding(
     *,
     spread: bool = False,
 ) -> Any:
-    """How the state of any optimizer is sharded when its parameters are.
+    """Shardings of the state of any optimizer, from those of its parameters.
 
     A moment of a leaf that is not projected is sharded like its parameter. Of a projected leaf,
     with P the mesh axes of its projected matrix axis and K those of the other one, a basis
@@ -56,7 +57,7 @@ def state_sharding(
 
     Example:
       >>> import jax, jax.numpy as jnp, galore_jax as gj
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import NamedSharding as P
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.ones((64, 128))}
       >>> shardings = {"w": NamedSharding(mesh, P(None, "fsdp"))}
@@ -66,18 +67,16 @@ def state_sharding(
       (('fsdp', None), (None, None))
     """
     shardings = shardings_per_leaf(params, params_sharding)
-    leaves, _ = flatten_leaves(params)
-    shapes = rebox(params, list(map(abstract, leaves)))
     if not shardings:
         raise ValueError("there is no parameter to take a mesh from.")
-    state = jax.eval_shape(tx.init, shapes)
-    specs = state_specs(state, shapes, [s.spec for s in shardings], spread=spread)
-    mesh = shardings[0].mesh
-    return jax.tree.map(
-        lambda array, spec: sharding_that_divides(NamedSharding(mesh, spec), array.shape),
-        state,
-        specs,
-    )
+    leaves = Leaves.of(params)
+    state = abstract_state(tx, leaves)
+
+    def of(array: StateArray) -> NamedSharding:
+        wanted = NamedSharding(shardings[0].mesh, spec_of(array, shardings, spread=spread))
+        return sharding_that_divides(wanted, array.shape)
+
+    return jax.tree.map(of, state_arrays(state, leaves))
 
 
 def init_sharded(
@@ -109,7 +108,7 @@ def init_sharded(
 
     Example:
       >>> import jax, jax.numpy as jnp, galore_jax as gj
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import NamedSharding as P
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.ones((64, 128))}
       >>> state = gj.init_sharded(

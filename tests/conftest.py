@@ -115,11 +115,11 @@ def find_basis():
     """`find_basis(projector, matrix, rank, ...)`: the basis of one matrix `[kept, projected]`."""
 
     @functools.partial(jax.jit, static_argnames=("projector", "rank", "projects_input"))
-    def find(projector, matrix, previous, cold, key, *, rank, projects_input):
+    def find(projector, matrix, previous, refreshes, key, *, rank, projects_input):
         leaf, side = (matrix.T, "input") if projects_input else (matrix, "output")
         view = matrix_view(leaf.shape, MatrixAxes(), side)
         operator = projectors.dense_operator(leaf, view)
-        return projector.basis(operator, rank, previous=previous, cold=cold, key=key)
+        return projector.basis(operator, rank, previous=previous, refreshes=refreshes, key=key)
 
     def find_basis(projector, matrix, rank, *, previous=None, seed=0, projects_input=True):
         matrix = jnp.asarray(matrix)
@@ -129,7 +129,7 @@ def find_basis():
             projector,
             matrix,
             jnp.asarray(start, dtype),
-            jnp.asarray(previous is None),
+            jnp.int32(previous is not None),
             np.random.default_rng(seed).integers(2**32, size=2, dtype=np.uint32),
             rank=rank,
             projects_input=projects_input,

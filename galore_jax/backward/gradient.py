@@ -138,7 +138,7 @@ class _Leaves:
         self._paths = leaf_paths(params)
         self._axis_names: dict[str, mapped.AxisName] = {}
         self._subspaces: dict[str, tuple[LowRankConfig, LeafSubspace]] = {}
-        for config, subspaces in lens_leaves(opt_state, params, layer):
+        for config, subspaces, _ in lens_leaves(opt_state, params, layer):
             for leaf in subspaces:
                 self._axis_names[leaf.plan.path] = config.axis_name
                 if leaf.plan.is_projected:

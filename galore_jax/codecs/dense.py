@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
+from galore_jax.checks import check_floating
 from galore_jax.codecs.base import Codec
 
 
@@ -20,10 +20,12 @@ class identity(Codec):
       identity()
     """
 
-    def encode(self, array):
-        return array
+    def encode(self, basis, key):
+        del key
+        return basis
 
-    def decode(self, stored, dtype):
+    def decode(self, stored, dtype, shape):
+        del shape
         return stored.astype(dtype)
 
 
@@ -48,16 +50,13 @@ class cast(Codec):
     dtype: jax.typing.DTypeLike
 
     def __post_init__(self):
-        try:
-            dtype = jnp.dtype(self.dtype)
-        except TypeError as error:
-            raise TypeError(f"`cast` needs a floating dtype, got {self.dtype!r}.") from error
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"`cast` needs a floating dtype, got {dtype.name}.")
-        object.__setattr__(self, "dtype", dtype.name)  # one spelling: equal casts compare equal
+        # One spelling: equal casts compare equal.
+        object.__setattr__(self, "dtype", check_floating("dtype", self.dtype).name)
 
-    def encode(self, array):
-        return array.astype(self.dtype)
+    def encode(self, basis, key):
+        del key
+        return basis.astype(self.dtype)
 
-    def decode(self, stored, dtype):
+    def decode(self, stored, dtype, shape):
+        del shape
         return stored.astype(dtype)

@@ -45,8 +45,8 @@ class svd(Projector):
         if self.signs not in ("lapack", "positive"):
             raise ValueError(f"`signs` is 'lapack' or 'positive', got {self.signs!r}.")
 
-    def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
-        del previous, cold, key
+    def basis(self, gradient: MatrixOperator, rank, *, previous, refreshes, key):
+        del previous, refreshes, key
         matrix = _finite(gradient)
         if gradient.projects_input:
             vectors = jnp.linalg.svd(matrix.T, full_matrices=False)[0][:, :rank]
@@ -72,8 +72,8 @@ class gram_eigh(Projector):
     canonical_columns = True
     forms_gradient = True
 
-    def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
-        del cold, key
+    def basis(self, gradient: MatrixOperator, rank, *, previous, refreshes, key):
+        del refreshes, key
         kept, projected = gradient.shape
         matrix = _finite(gradient.normalized())
         short = matrix.T if projected <= kept else matrix

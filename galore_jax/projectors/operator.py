@@ -15,6 +15,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 Product = Callable[[jax.Array], jax.Array]
 
+# Branches of one conditional.
+_WAYS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixOperator:
@@ -108,11 +111,8 @@ def select_operator(
     like = makers[0]()  # for its static fields; what it computes here is never used
 
     def switch(pick: Callable[[MatrixOperator], Callable[..., jax.Array]]) -> Callable:
-        def call(*operands: jax.Array) -> jax.Array:
-            branches = [lambda *args, make=make: pick(make())(*args) for make in makers]
-            return jax.lax.switch(choice, branches, *operands)
-
-        return call
+        branches = [lambda *args, make=make: pick(make())(*args) for make in makers]
+        return lambda *operands: _switch(choice, branches, *operands)
 
     return dataclasses.replace(
         like,
@@ -146,6 +146,26 @@ def mean_operator(operator: MatrixOperator, axis_name: mapped.AxisName) -> Matri
         rmatmul=reduced(operator.rmatmul),
         magnitude=mapped.largest(operator.magnitude, axis_name),
         dense=None if dense is None else lambda: mapped.mean(dense(), axis_name),
+    )
+
+
+def _switch(
+    choice: jax.Array | int, branches: Sequence[Callable[..., jax.Array]], *operands: jax.Array
+) -> jax.Array:
+    """`jax.lax.switch` as a tree of small ones.
+
+    What any branch reads is an operand of all of them: branches times operands would grow with the
+    square of their number, and the time to compile with it.
+    """
+    if len(branches) <= _WAYS:
+        return jax.lax.switch(choice, branches, *operands)
+    size = -(-len(branches) // _WAYS)
+    groups = [branches[i : i + size] for i in range(0, len(branches), size)]
+    rest = choice % size
+    return jax.lax.switch(
+        choice // size,
+        [lambda *args, group=group: _switch(rest, group, *args) for group in groups],
+        *operands,
     )
 
 

@@ -27,8 +27,8 @@ class random_orthonormal(Projector):
       (https://arxiv.org/abs/2410.11289).
     """
 
-    def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
-        del cold
+    def basis(self, gradient: MatrixOperator, rank, *, previous, refreshes, key):
+        del refreshes
         shape = (gradient.shape[1], rank)
         columns = jax.random.normal(key, shape, gradient.dtype)
         return orthonormalize(columns, fill=previous.astype(gradient.dtype))

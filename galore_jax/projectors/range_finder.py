@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from galore_jax.checks import check_bool, check_count
 from galore_jax.keys import uniform
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.operator import HIGHEST, MatrixOperator
@@ -50,12 +51,13 @@ class randomized_svd(Projector):
     warm_start: bool = True
 
     def __post_init__(self):
-        _check_count("oversample", self.oversample, least=0)
-        _check_count("power_iters", self.power_iters, least=1 if self.warm_start else 0)
+        check_bool("warm_start", self.warm_start)
+        check_count("oversample", self.oversample, least=0)
+        check_count("power_iters", self.power_iters, least=1 if self.warm_start else 0)
 
-    def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
+    def basis(self, gradient: MatrixOperator, rank, *, previous, refreshes, key):
         width = min(rank + self.oversample, *gradient.shape)
-        sketch = cold if self.warm_start else jnp.ones((), bool)
+        sketch = refreshes == 0 if self.warm_start else jnp.ones((), bool)
         start = _start(previous.astype(gradient.dtype), width, sketch, key)
         columns = _power(gradient, start, self.power_iters + sketch.astype(jnp.int32))
         return columns if width == rank else _leading(gradient.normalized(), columns, rank)
@@ -83,10 +85,10 @@ class subspace_iteration(Projector):
     steps: int = 1
 
     def __post_init__(self):
-        _check_count("steps", self.steps, least=1)
+        check_count("steps", self.steps)
 
-    def basis(self, gradient: MatrixOperator, rank, *, previous, cold, key):
-        start = _start(previous.astype(gradient.dtype), rank, cold, key)
+    def basis(self, gradient: MatrixOperator, rank, *, previous, refreshes, key):
+        start = _start(previous.astype(gradient.dtype), rank, refreshes == 0, key)
         return _power(gradient, start, jnp.asarray(self.steps))
 
 
@@ -122,10 +124,3 @@ def _leading(gradient: MatrixOperator, columns: jax.Array, rank: int) -> jax.Arr
     image = gradient.matmul(columns)
     _, vectors = jnp.linalg.eigh(jnp.matmul(image.T, image, precision=HIGHEST))
     return jnp.matmul(columns, vectors[:, ::-1][:, :rank], precision=HIGHEST)
-
-
-def _check_count(name: str, value: int, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")

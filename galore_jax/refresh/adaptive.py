@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import BasisMove, first_cosine, overlap
-from galore_jax.refresh.base import RefreshPolicy, check_gap
+from galore_jax.basis import first_cosine
+from galore_jax.checks import check_count
+from galore_jax.refresh.base import RefreshPolicy
 
 # Where a gap that may grow for ever stops growing: far beyond any run, far below int32.
 _LONGEST = 2**30
 
 
 class AdaptiveState(NamedTuple):
-    """Memory of `adaptive`, one array per leaf.
+    """Memory of `adaptive`.
 
     Args:
-      gap: ``int32[*batch]``, steps between refreshes.
-      similarities: ``float32[*batch, patience]``, the latest ones, oldest first; -patience where
+      gap: ``int32[*matrices]``, steps between refreshes.
+      similarities: ``float32[*matrices, patience]``, the latest ones, oldest first; -patience where
         there has not been one yet, so that no mean with such a place reaches a threshold.
     """
 
@@ -69,17 +69,14 @@ class adaptive(RefreshPolicy):
     mode: Literal["overlap", "cosine"] = "overlap"
 
     def __post_init__(self):
-        check_gap(self.gap)
+        object.__setattr__(self, "gap", check_count("gap", self.gap))
+        object.__setattr__(self, "patience", check_count("patience", self.patience))
         if not 0 < self.threshold <= 1:
             raise ValueError(f"`threshold` is a similarity in (0, 1], got {self.threshold}.")
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int):
-            raise TypeError(f"`patience` is a number of refreshes, got {self.patience!r}.")
-        if self.patience < 1:
-            raise ValueError(f"`patience` is at least one refresh, got {self.patience}.")
         if not self.growth > 1:
             raise ValueError(f"`growth` is a factor above one, got {self.growth}.")
         if self.max_gap is not None:
-            check_gap(self.max_gap)
+            object.__setattr__(self, "max_gap", check_count("max_gap", self.max_gap))
             if self.max_gap < self.gap:
                 raise ValueError(f"`max_gap` {self.max_gap} is below the gap {self.gap}.")
         if self.mode not in ("overlap", "cosine"):
@@ -89,50 +86,28 @@ class adaptive(RefreshPolicy):
     def compares_columns(self) -> bool:
         return self.mode == "cosine"
 
-    def init(self, treedef, places):
-        shapes = [() if place is None else place.shape for place in places]
+    def similarity(self, old, new):
+        return first_cosine(old, new) if self.mode == "cosine" else super().similarity(old, new)
+
+    def init(self, matrices):
+        shape = jnp.shape(matrices.phase)
         return AdaptiveState(
-            gap=treedef.unflatten(jnp.full(shape, self.gap, jnp.int32) for shape in shapes),
-            similarities=treedef.unflatten(
-                jnp.full((*shape, self.patience), -self.patience, jnp.float32) for shape in shapes
-            ),
+            gap=jnp.full(shape, self.gap, jnp.int32),
+            similarities=jnp.full((*shape, self.patience), -self.patience, jnp.float32),
         )
 
-    def gaps(self, places, memory):
-        treedef: Any = jax.tree.structure(memory.gap)
-        gaps = treedef.flatten_up_to(memory.gap)
-        return [None if place is None else gap for place, gap in zip(places, gaps, strict=True)]
+    def current_gap(self, memory):
+        return memory.gap
 
-    def decide(self, count, places, memory, moves):
-        treedef: Any = jax.tree.structure(memory.gap)
-        gaps, similarities = (treedef.flatten_up_to(tree) for tree in memory)
-        due: list[jax.Array | None] = []
-        for i, move in enumerate(moves):
-            if move is not None:
-                gaps[i], similarities[i] = self._after(move, gaps[i], similarities[i])
-            due.append(None if places[i] is None else count % gaps[i] == 0)
-        return due, AdaptiveState(treedef.unflatten(gaps), treedef.unflatten(similarities))
-
-    def _after(
-        self, move: BasisMove, gap: jax.Array, similarities: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Gap and similarities after a step; nothing is computed where nothing moved."""
-        return jax.lax.cond(
-            jnp.any(move.moved & ~move.first),
-            lambda: self._compare(move, gap, similarities),
-            lambda: (gap, similarities),
-        )
-
-    def _compare(
-        self, move: BasisMove, gap: jax.Array, similarities: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        measure = first_cosine if self.mode == "cosine" else overlap
-        latest = measure(move.old, move.new).astype(jnp.float32)
-        pushed = jnp.concatenate([similarities[..., 1:], latest[..., None]], axis=-1)
-        compared = move.moved & ~move.first
-        similarities = jnp.where(compared[..., None], pushed, similarities)
-        still = compared & (jnp.mean(similarities, axis=-1) >= self.threshold)
-        longest = _LONGEST if self.max_gap is None else self.max_gap
-        grown = (gap.astype(jnp.float32) * self.growth).astype(jnp.int32)
-        grown = jnp.minimum(jnp.maximum(grown, gap + 1), longest)  # short gaps grow, too
-        return jnp.where(still, grown, gap), similarities
+    def decide(self, count, memory, seen):
+        gap, similarities = memory
+        latest = seen.similarity[..., None]
+        pushed = jnp.concatenate([similarities[..., 1:], latest], axis=-1)
+        similarities = jnp.where(seen.is_compared[..., None], pushed, similarities)
+        is_still = seen.is_compared & (jnp.mean(similarities, axis=-1) >= self.threshold)
+        longest = max(self.gap, _LONGEST) if self.max_gap is None else self.max_gap
+        grown = jnp.minimum(gap.astype(jnp.float32) * self.growth, _LONGEST).astype(jnp.int32)
+        longer = jnp.minimum(gap, longest - 1) + 1  # short gaps grow, too
+        grown = jnp.minimum(jnp.maximum(grown, longer), longest)
+        gap = jnp.where(is_still, grown, gap)
+        return count % gap == 0, AdaptiveState(gap, similarities)

@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import abc
-import itertools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from galore_jax.basis import BasisMove
+from galore_jax.basis import overlap
 
 
-def places_of(batches: list[tuple[int, ...] | None]) -> list[jax.Array | None]:
-    """Spreads the matrices of all leaves evenly, for policies that give each a time of its own.
+class Matrices(NamedTuple):
+    """Equal matrices, before the first step: the same weight of several layers, or a lone one.
+
+    Their flags and numbers lie in one array, ``[*matrices]``: ``[leaves, *batch]``, or ``[*batch]``
+    for a lone leaf.
 
     Args:
-      batches: Shape of the batch axes of every leaf; None where a leaf is not projected.
-
-    Returns:
-      ``uint32[*batch]`` per leaf: the place of each matrix among all of them, a fraction in units
-      of 2⁻³². It is kept in the state, so that a slice of a stack of layers knows its own.
+      phase: ``uint32[*matrices]``, the place of each matrix among all matrices of the model, a
+        fraction in units of 2⁻³²: policies that spread their work can give each a time of its own.
+      low_rank: Per leaf the shape and dtype of R, ``[*batch, kept, rank]``.
     """
-    sizes = [0 if batch is None else math.prod(batch) for batch in batches]
-    total, first = sum(sizes), itertools.accumulate(sizes, initial=0)
 
-    def places(batch: tuple[int, ...], start: int, size: int) -> jax.Array:
-        # Rounded up, so that the share of a gap never falls below an integer.
-        fractions = [-(-(number << 32) // total) for number in range(start, start + size)]
-        return jnp.asarray(np.asarray(fractions, np.uint32).reshape(batch))
+    phase: jax.Array
+    low_rank: tuple[jax.ShapeDtypeStruct, ...]
 
-    return [
-        None if batch is None else places(batch, start, size)
-        for batch, start, size in zip(batches, first, sizes, strict=False)
-    ]
+
+class Observation(NamedTuple):
+    """Equal matrices, after a step.
+
+    Args:
+      moved: ``bool[*matrices]``, which bases were recomputed in it.
+      refreshes: ``int32[*matrices]``, bases that each matrix has had, this step's included. After
+        the first one there is nothing to compare with.
+      similarity: ``float32[*matrices]``, the policy's `similarity` of the bases before and after;
+        zero where nothing moved.
+      low_rank: Per leaf R ``[*batch, kept, rank]``, projected onto the bases of this step.
+    """
+
+    moved: jax.Array
+    refreshes: jax.Array
+    similarity: jax.Array
+    low_rank: tuple[jax.Array, ...]
+
+    @property
+    def is_compared(self) -> jax.Array:
+        """``bool[*matrices]``, where `similarity` means something."""
+        return self.moved & (self.refreshes > 1)
 
 
 class RefreshPolicy(abc.ABC):
     """Decides, at the end of a step, which matrices are refreshed at the start of the next one.
 
-    Policies are frozen dataclasses. Every matrix is due at count 0, whatever the policy, and a
-    matrix whose refresh failed (a gradient that is not finite, or zero) stays due: both are the
-    lens' business.
+    Policies are frozen dataclasses. They are asked about all matrices of one kind at a time. Every
+    matrix is due at count 0, whatever the policy, and a matrix whose refresh failed (a gradient
+    that is not finite, or zero) stays due: both are the lens' business.
     """
 
     @property
@@ -51,65 +62,47 @@ class RefreshPolicy(abc.ABC):
         """Whether column i of a basis has to mean the same thing before and after a refresh."""
         return False
 
-    def init(self, treedef: Any, places: list[jax.Array | None]) -> Any:
-        """Memory of the policy: () or a NamedTuple of trees with one array per leaf.
+    def similarity(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        """Similarity of two bases ``[projected, rank]``, a scalar; taken during a refresh."""
+        return overlap(old, new)
+
+    def init(self, matrices: Matrices) -> Any:
+        """Memory for matrices of one kind.
+
+        An array is sharded as one number per matrix; a tuple of one array per leaf, each of the
+        shape of its R, as a low-rank moment.
 
         Args:
-          treedef: Structure of the parameters, to unflatten one array per leaf.
-          places: See `places_of`.
+          matrices: Which ones.
+
+        Returns:
+          () or any pytree of arrays, batch axes leading (behind that of the leaves).
         """
-        del treedef, places
+        del matrices
         return ()
 
-    def gaps(self, places: list[jax.Array | None], memory: Any) -> list[jax.Array | None]:
-        """Steps between two refreshes of each matrix, as things are now.
+    def current_gap(self, memory: Any) -> jax.Array | int:
+        """Steps between two refreshes of each matrix as things are now, ``int32[*matrices]``.
 
         Args:
-          places: See `places_of`.
           memory: What `init` or `decide` returned.
 
         Returns:
-          ``int32[*batch]`` per projected leaf (None elsewhere); zero where nobody can say, which is
-          what a policy without a gap inherits.
+          One number for all, or one for each; zero where nobody can say.
         """
         del memory
-        return same_gap(0, places)
+        return 0
 
     @abc.abstractmethod
-    def decide(
-        self,
-        count: jax.Array,
-        places: list[jax.Array | None],
-        memory: Any,
-        moves: list[BasisMove | None],
-    ) -> tuple[list[jax.Array | None], Any]:
-        """Which matrices are due at `count`.
+    def decide(self, count: jax.Array, memory: Any, seen: Observation) -> tuple[jax.Array, Any]:
+        """The matrices that are due at `count`.
 
         Args:
           count: int32 scalar, the count of the step that comes next.
-          places: See `places_of`. The leaves may be slices of those that `init` saw, and `memory`
-            with them.
-          memory: What `init` or the previous call returned.
-          moves: One entry per projected leaf: how its bases moved in this step.
+          memory: What `init` or the previous call returned. Both it and `seen` may be slices of one
+            layer, with batch axes of size one.
+          seen: What happened in this step.
 
         Returns:
-          ``bool[*batch]`` per projected leaf (None elsewhere), and the new memory.
+          ``bool[*matrices]`` or a scalar for all of them, and the new memory.
         """
-
-
-def same_gap(gap: int, places: list[jax.Array | None]) -> list[jax.Array | None]:
-    """One gap for all matrices."""
-    return [None if place is None else jnp.full(place.shape, gap, jnp.int32) for place in places]
-
-
-def check_gap(gap: Any) -> None:
-    """Raises unless `gap` is an integer of at least one."""
-    if isinstance(gap, bool) or not isinstance(gap, int):
-        hint = (
-            " Under optax.inject_hyperparams pass static_args=galore_jax.STATIC_ARGS."
-            if isinstance(gap, jax.Array)
-            else ""
-        )
-        raise TypeError(f"a refresh gap is an integer number of steps, got {gap!r}.{hint}")
-    if gap < 1:
-        raise ValueError(f"a refresh gap is at least one step, got {gap}.")

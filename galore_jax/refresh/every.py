@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
-from galore_jax.refresh.base import RefreshPolicy, check_gap, same_gap
+from galore_jax.checks import check_count
+from galore_jax.refresh.base import RefreshPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +17,7 @@ class every(RefreshPolicy):
       gap: Steps between two refreshes.
 
     Raises:
-      ValueError: `gap` below one.
+      ValueError: `gap` below one, or beyond int32.
       TypeError: `gap` is not an integer.
 
     Example:
@@ -30,18 +29,15 @@ class every(RefreshPolicy):
     gap: int
 
     def __post_init__(self):
-        check_gap(self.gap)
+        object.__setattr__(self, "gap", check_count("gap", self.gap))
 
-    def gaps(self, places, memory):
+    def current_gap(self, memory):
         del memory
-        return same_gap(self.gap, places)
+        return self.gap
 
-    def decide(self, count, places, memory, moves):
-        del moves
-        due = count % self.gap == 0
-        return [
-            None if place is None else jnp.broadcast_to(due, place.shape) for place in places
-        ], memory
+    def decide(self, count, memory, seen):
+        del seen
+        return count % self.gap == 0, memory
 
 
 def as_policy(refresh: Any) -> RefreshPolicy:

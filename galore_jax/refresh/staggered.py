@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.refresh.base import RefreshPolicy, check_gap, same_gap
+from galore_jax.checks import check_count
+from galore_jax.refresh.base import RefreshPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,7 @@ class staggered(RefreshPolicy):
       gap: Steps between two refreshes of a matrix.
 
     Raises:
-      ValueError: `gap` below one.
+      ValueError: `gap` below one, or beyond int32.
       TypeError: `gap` is not an integer.
 
     Example:
@@ -34,17 +37,38 @@ class staggered(RefreshPolicy):
     gap: int
 
     def __post_init__(self):
-        check_gap(self.gap)
+        object.__setattr__(self, "gap", check_count("gap", self.gap))
 
-    def gaps(self, places, memory):
+    def init(self, matrices):
+        return matrices.phase
+
+    def current_gap(self, memory):
         del memory
-        return same_gap(self.gap, places)
+        return self.gap
 
-    def decide(self, count, places, memory, moves):
-        del moves
-        phase = (count % self.gap).astype(jnp.uint32)
-        due = [None if place is None else _high_word(place, self.gap) == phase for place in places]
-        return due, memory
+    def decide(self, count, memory, seen):
+        del seen
+        return _high_word(memory, self.gap) == (count % self.gap).astype(jnp.uint32), memory
+
+
+def phases(batches: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Places of all matrices, spread evenly; see `Matrices`.
+
+    Args:
+      batches: Shape of the batch axes of every projected leaf.
+
+    Returns:
+      ``uint32[*batch]`` per leaf.
+    """
+    sizes = [math.prod(batch) for batch in batches]
+    total, first = sum(sizes), itertools.accumulate(sizes, initial=0)
+
+    def places(batch: tuple[int, ...], start: int, size: int) -> np.ndarray:
+        # Rounded up, so that the share of a gap never falls below an integer.
+        fractions = [-(-(number << 32) // total) for number in range(start, start + size)]
+        return np.asarray(fractions, np.uint32).reshape(batch)
+
+    return [places(*one) for one in zip(batches, first, sizes, strict=False)]
 
 
 def _high_word(x: jax.Array, factor: int) -> jax.Array:

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import mapped
+from galore_jax.checks import check_count
 from galore_jax.meshes import sharded_alike
-from galore_jax.transforms import adopted, stages, subspace
-from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.lenses import find_lenses, lens_leaves
-from galore_jax.transforms.state import AccumulateState
-from galore_jax.transforms.subspace import LeafSubspace
+from galore_jax.transforms import bases, subspace
+from galore_jax.transforms.lens import Layer, Lens, entered
+from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.projected import full_shapes, updates_like
+from galore_jax.transforms.state import AccumulateState, LowRankState
+from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths, rebox
+from galore_jax.views.leaves import Leaves, abstract
 
 
 def accumulate(
@@ -62,29 +64,21 @@ def accumulate(
       >>> int(state.mini_step), float(jnp.max(updates["w"]))
       (1, 0.0)
     """
-    if isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(f"`every` is a number of micro-batches, got {every!r}.")
-    if every < 1:
-        raise ValueError(f"`every` is at least one micro-batch, got {every}.")
+    every = check_count("every", every)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params: optax.Params) -> AccumulateState:
-        opt_state = tx.init(params)
+        opt_state, leaves = tx.init(params), Leaves.of(params)
         _check_wrappers(opt_state)
-        leaves, treedef = flatten_leaves(params)
-        projected = _projected(opt_state, params)
-        spaces = [projected.get(path) for path in leaf_paths(params)]
+        spaces = _spaces(opt_state, leaves)
         return AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
-            sums=treedef.unflatten(map(_empty_sum, spaces, leaves)),
-            projectors=treedef.unflatten(
-                # Not the same buffers: they could not be donated twice.
-                jax.tree.map(jnp.copy, space.leaf.stored) if space else jnp.zeros(())
-                for space in spaces
+            sums=leaves.tree(list(map(_empty_sum, spaces, leaves.shapes))),
+            projectors=leaves.tree(
+                # Copies: the same buffers could not be donated twice.
+                [jax.tree.map(jnp.copy, s.stored) if s.lens else jnp.zeros(()) for s in spaces]
             ),
-            moved=treedef.unflatten(
-                jnp.zeros_like(space.leaf.due) if space else jnp.zeros((), bool) for space in spaces
-            ),
+            moved=leaves.tree([jnp.zeros(space.batch_shape, bool) for space in spaces]),
             opt_state=opt_state,
         )
 
@@ -94,57 +88,77 @@ def accumulate(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
-        like = updates if params is None else params
-        shapes = adopted.full_shapes(like, params)
+        grads = Leaves.of(updates)
+        shapes = Leaves.of(grads.tree(full_shapes(grads, params)))
+        spaces = _spaces(state.opt_state, shapes)
         if params is None:
-            _check_nothing_projected(state, shapes)
-        window = _add(state, updates, shapes, extra_args.get("layer", 0))
-        last = state.mini_step + 1 == every
+            _check_nothing_projected(shapes, spaces)
+        window = _add(state, grads, shapes, extra_args.get("layer", 0))
+        is_last = state.mini_step + 1 == every
 
         def emit() -> tuple[optax.Updates, optax.OptState]:
-            mean = _mean(window, updates, shapes, every)
+            mean = _mean(window, spaces, grads, every)
             new_updates, opt_state = tx.update(mean, state.opt_state, params, **extra_args)
-            return _cast(new_updates, shapes), opt_state
+            new = Leaves.of(new_updates).values
+            cast = [x.astype(like.dtype) for x, like in zip(new, shapes.values, strict=True)]
+            return grads.boxed(cast), opt_state
 
         def wait() -> tuple[optax.Updates, optax.OptState]:
-            return rebox(updates, list(map(_zeros, flatten_leaves(like)[0]))), state.opt_state
+            likes = grads.values if params is None else Leaves.of(params).values
+            zeros = list(map(_zeros, likes, shapes.values))
+            return grads.boxed(zeros), state.opt_state
 
-        new_updates, opt_state = jax.lax.cond(last, emit, wait)
+        new_updates, opt_state = jax.lax.cond(is_last, emit, wait)
         return new_updates, window._replace(
-            mini_step=jnp.where(last, 0, state.mini_step + 1), opt_state=opt_state
+            mini_step=jnp.where(is_last, 0, state.mini_step + 1), opt_state=opt_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, adopted.alike))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
 
 
-class _Projected(NamedTuple):
-    """A leaf that some lens projects."""
+class _Space(NamedTuple):
+    """A leaf in the lens that projects it, or at full size where there is none.
 
-    config: LowRankConfig
-    leaf: LeafSubspace
+    Args:
+      lens: That lens, or None.
+      number: Of the leaf in it.
+      stored: Its bases at the start of a window.
+    """
+
+    lens: Lens | None = None
+    number: int = 0
+    stored: Any = None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.lens.plans[self.number].batch_shape if self.lens else ()
 
 
-def _projected(state: Any, params: Any) -> dict[str, _Projected]:
-    """The leaves that some lens projects, by path."""
-    return {
-        leaf.plan.path: _Projected(config, leaf)
-        for config, leaves in lens_leaves(state, params)
-        for leaf in leaves
-        if leaf.plan.is_projected
-    }
+def _spaces(opt_state: Any, leaves: Leaves) -> list[_Space]:
+    """The space of every leaf."""
+    spaces, likes = [_Space()] * len(leaves.values), likes_of(leaves)
+    for state in find_lenses(opt_state):
+        lens, seen = lens_on(state, likes)
+        stored = lens.treedef.flatten_up_to(state.projectors)
+        for number, like in enumerate(seen):
+            if lens.plans[number].is_projected:
+                spaces[like.owner] = _Space(lens, number, stored[number])
+    return spaces
 
 
-def _zeros(like: Any) -> jax.Array:
+def _empty_sum(space: _Space, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    like = space.lens.low_rank_shape(space.number) if space.lens else leaf
+    if not jnp.issubdtype(like.dtype, jnp.inexact):
+        return jnp.zeros(())  # nothing to sum up
+    # A running sum in 16 bits would lose what it adds.
+    narrow = jnp.finfo(like.dtype).bits < 32
+    return jnp.zeros(like.shape, jnp.float32 if narrow else like.dtype)
+
+
+def _zeros(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros in the shape of a leaf, which vary over the mapped axes that it varies over."""
-    part, *_ = jax.tree.leaves(like)
-    return jax.lax.full_like(part, 0, abstract(like).dtype, abstract(like).shape)
-
-
-def _cast(updates: optax.Updates, shapes: Any) -> optax.Updates:
-    leaves, _ = flatten_leaves(updates)
-    likes = jax.tree.leaves(shapes)
-    cast = [leaf.astype(like.dtype) for leaf, like in zip(leaves, likes, strict=True)]
-    return rebox(updates, cast)
+    part, *_ = jax.tree.leaves(leaf)
+    return jax.lax.full_like(part, 0, like.dtype, abstract(leaf).shape)
 
 
 # They return their input on some steps, or keep sums of it.
@@ -167,110 +181,73 @@ def _check_wrappers(opt_state: optax.OptState) -> None:
             )
 
 
-def _check_nothing_projected(state: AccumulateState, shapes: Any) -> None:
+def _check_nothing_projected(shapes: Leaves, spaces: list[_Space]) -> None:
     """Raises if the parameters are needed."""
-    if projected := _projected(state, shapes):
-        raise ValueError(
-            f"leaf {next(iter(projected))!r} is projected, and a sum of projected gradients does "
-            "not know the shape of its parameter: pass `params` to update."
-        )
-
-
-def _empty_sum(space: _Projected | None, leaf: Any) -> jax.Array:
-    if space is not None:
-        assert space.leaf.plan.view is not None
-        shape = space.leaf.plan.view.low_rank_shape(space.leaf.plan.rank)
-        return jnp.zeros(shape, _wide(space.config.state_dtype))
-    like = abstract(leaf)
-    if not jnp.issubdtype(like.dtype, jnp.inexact):
-        return jnp.zeros(())  # nothing to sum up
-    return jnp.zeros(like.shape, _wide(like.dtype))
-
-
-def _wide(dtype: Any) -> Any:
-    """A running sum in 16 bits would lose what it adds."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-
-
-def _add(
-    state: AccumulateState, updates: optax.Updates, shapes: Any, layer: stages.Layer
-) -> AccumulateState:
-    """The window with one more micro-batch in it."""
-    gradients, treedef = flatten_leaves(updates)
-    paths = leaf_paths(shapes)
-    taken = _take(state, dict(zip(paths, gradients, strict=True)), shapes, layer)
-    first = state.mini_step == 0
-    trees = (state.sums, state.projectors, state.moved)
-    leaves = zip(paths, *map(treedef.flatten_up_to, trees), strict=True)
-    sums, projectors, moved = zip(
-        *(_one_more(taken[path], first, *leaf) for path, *leaf in leaves), strict=True
-    )
-    return state._replace(
-        sums=treedef.unflatten(sums),
-        projectors=treedef.unflatten(projectors),
-        moved=treedef.unflatten(moved),
-    )
-
-
-class _Taken(NamedTuple):
-    """One leaf of a micro-batch, in the subspace of the window if it has one."""
-
-    value: Any
-    stored: Any = None
-    moved: jax.Array | None = None
-    axis_name: mapped.AxisName = None
-
-
-def _take(
-    state: AccumulateState, gradients: dict[str, Any], shapes: Any, layer: stages.Layer
-) -> dict[str, _Taken]:
-    """Every gradient, projected where there is a lens that does so, not reduced over devices."""
-    taken = {path: _Taken(gradient) for path, gradient in gradients.items()}
-    for config, leaves in lens_leaves(state, shapes, layer):
-        own = [gradients[leaf.plan.path] for leaf in leaves]
-        refreshed = stages.refresh(config, leaves, own)
-        for leaf, gradient, result in zip(leaves, own, refreshed, strict=True):
-            entered = stages.take(config, leaf, gradient, result)
-            taken[leaf.plan.path] = (
-                _Taken(gradient, axis_name=config.axis_name)
-                if entered.move is None
-                else _Taken(entered.value, entered.stored, entered.move.moved, config.axis_name)
-            )
-    for path, one in taken.items():
-        if isinstance(one.value, ProjectedGradient):
+    for path, space in zip(shapes.paths, spaces, strict=True):
+        if space.lens:
             raise ValueError(
-                f"leaf {path!r} has a ProjectedGradient, but no lens sees it: pass the gradient."
+                f"leaf {path!r} is projected, and a sum of projected gradients does not know the "
+                "shape of its parameter: pass `params` to update."
             )
-    return taken
 
 
-def _one_more(
-    taken: _Taken, first: jax.Array, total: jax.Array, stored: Any, moved: jax.Array
-) -> tuple[jax.Array, Any, jax.Array]:
-    """Sum, bases and what moved, after another micro-batch of the window or the `first`."""
-    if jnp.issubdtype(taken.value.dtype, jnp.inexact):
-        value = mapped.mean_like(taken.value.astype(total.dtype), total, taken.axis_name)
-        total = jnp.where(first, jnp.zeros((), total.dtype), total) + value
-    if taken.moved is None:
-        return total, stored, moved
-    return total, taken.stored, taken.moved | (moved & ~first)
+def _add(state: AccumulateState, grads: Leaves, shapes: Leaves, layer: Layer) -> AccumulateState:
+    """The window with one more micro-batch in it, not reduced over devices."""
+    first = state.mini_step == 0
+    sums, stored, moved = (grads.split(x) for x in (state.sums, state.projectors, state.moved))
+    values, likes = list(grads.values), likes_of(shapes)
+    axis_names: list[mapped.AxisName] = [None] * len(values)
+    for node in find_lenses(state.opt_state):
+        lens, seen = lens_on(node, likes)
+        owners = [like.owner for like in seen]
+        own = Leaves.of(lens.treedef.unflatten([grads.values[owner] for owner in owners]))
+        begun = _in_window(lens, node, [stored[owner] for owner in owners], first)
+        now = bases.refresh(lens, begun, own, layer)
+        new = lens.per_leaf(now.moved)
+        for number, owner in enumerate(owners):
+            axis_names[owner] = lens.config.axis_name
+            if lens.plans[number].is_projected:
+                values[owner] = now.project(lens, number, grads.values[owner])
+                stored[owner] = now.stored[number]
+                moved[owner] = new[number] | (moved[owner] & ~first)
+    for i, value in enumerate(values):
+        if isinstance(value, ProjectedGradient):
+            raise ValueError(
+                f"leaf {grads.paths[i]!r} has a ProjectedGradient, but no lens projects it: pass "
+                "the gradient."
+            )
+        if jnp.issubdtype(value.dtype, jnp.inexact):
+            value = mapped.mean_like(value.astype(sums[i].dtype), sums[i], axis_names[i])
+            sums[i] = jnp.where(first, jnp.zeros((), sums[i].dtype), sums[i]) + value
+    trees = {"sums": sums, "projectors": stored, "moved": moved}
+    return state._replace(**{name: grads.tree(leaves) for name, leaves in trees.items()})
 
 
-def _mean(window: AccumulateState, updates: optax.Updates, shapes: Any, every: int) -> Any:
+def _in_window(lens: Lens, node: LowRankState, stored: list[Any], first: jax.Array) -> LowRankState:
+    """A lens that has the bases of a window which has begun, and refreshes at its start only."""
+    at_start = entered(lens, node)
+    chosen = [
+        jax.tree.map(lambda now, then: jnp.where(first, now, then.astype(now.dtype)), *pair)
+        for pair in zip(lens.treedef.flatten_up_to(at_start.projectors), stored, strict=True)
+    ]
+    flags = at_start.refresh_state
+    due = {name: flag & first for name, flag in flags.due.items()}
+    return at_start._replace(
+        projectors=lens.treedef.unflatten(chosen),
+        refresh_state=flags._replace(due=due),
+        inner_state=(),
+    )
+
+
+def _mean(window: AccumulateState, spaces: list[_Space], grads: Leaves, every: int) -> Any:
     """The mean gradient of a window that is full."""
-    gradients, treedef = flatten_leaves(updates)
-    paths = leaf_paths(shapes)
-    sums, moved = map(treedef.flatten_up_to, (window.sums, window.moved))
-    begun = window._replace(mini_step=jnp.ones_like(window.mini_step))
-    spaces = _projected(begun, shapes)
-
-    def mean(path: str, gradient: Any, like: Any, total: jax.Array, moved: jax.Array) -> Any:
-        if path in spaces:
-            config, leaf = spaces[path]
-            basis = subspace.decode(config, leaf.plan, leaf.stored)
-            return ProjectedGradient(total / every, basis, moved)
-        inexact = jnp.issubdtype(like.dtype, jnp.inexact)
-        return (total / every).astype(like.dtype) if inexact else gradient
-
-    likes = jax.tree.leaves(shapes)
-    return rebox(updates, list(map(mean, paths, gradients, likes, sums, moved)))
+    sums, stored, moved = (grads.split(x) for x in (window.sums, window.projectors, window.moved))
+    means = list(grads.values)
+    for i, space in enumerate(spaces):
+        if space.lens:
+            plan = space.lens.plans[space.number]
+            basis = subspace.decode(space.lens.config, plan, stored[i])
+            means[i] = ProjectedGradient(sums[i] / every, basis, moved[i])
+        elif jnp.issubdtype(means[i].dtype, jnp.inexact):
+            means[i] = (sums[i] / every).astype(means[i].dtype)
+    return grads.boxed(means)

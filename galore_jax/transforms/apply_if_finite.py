@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import mapped
+from galore_jax.checks import check_count
 from galore_jax.meshes import sharded_alike
-from galore_jax.transforms import adopted
 from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.projected import updates_like
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -56,6 +57,7 @@ def apply_if_finite(
       >>> float(jnp.max(updates["w"])), int(state.total_notfinite)
       (0.0, 1)
     """
+    check_count("max_consecutive_errors", max_consecutive_errors, least=0)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> ApplyIfFiniteState:
@@ -93,7 +95,7 @@ def apply_if_finite(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, adopted.alike))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
 
 
 def _all_finite(updates: optax.Updates, state: optax.OptState) -> jax.Array:

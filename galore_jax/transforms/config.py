@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.codecs import Codec, identity
+from galore_jax.checks import check_floating
+from galore_jax.codecs import Codec
 from galore_jax.mapped import AxisName, check_axis_name
 from galore_jax.projectors import Projector, randomized_svd
+from galore_jax.recovery import Recovery, drop
 from galore_jax.refresh import RefreshPolicy, as_policy
 from galore_jax.transport import Transport, align
 from galore_jax.views.axes import AxesRule, axes_rule
@@ -26,7 +28,11 @@ _FIXED = ("rank", "side", "axes", "targets", "codec", "state_dtype")
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LowRankConfig:
-    """Everything static about a lens; knows no parameters, holds nothing that may be traced."""
+    """Everything static about a lens; knows no parameters, holds nothing that may be traced.
+
+    The fields are the arguments of `low_rank_projection`. Two lenses of equal construction have
+    equal configs, callables included: `galore_jax.rules` compares those by what they run.
+    """
 
     rank: RankLike
     side: Side
@@ -35,6 +41,7 @@ class LowRankConfig:
     projector: Projector
     refresh: RefreshPolicy
     transport: Transport
+    recovery: Recovery
     codec: Codec
     state_dtype: Any
     axis_name: AxisName
@@ -47,6 +54,7 @@ def low_rank_config(
     projector: Projector | None,
     refresh: RefreshPolicy | int,
     transport: Transport | None,
+    recovery: Recovery | None,
     side: Side,
     axes: Any,
     targets: Targets,
@@ -55,29 +63,22 @@ def low_rank_config(
     axis_name: AxisName,
     seed: int | None,
 ) -> LowRankConfig:
-    """Fills in the defaults and checks everything that can be checked without parameters."""
+    """The defaults filled in, and everything checked that can be checked without parameters."""
     check_rank(rank)
     check_side(side)
     check_targets(targets)
     projector = _instance("projector", projector, Projector, default=randomized_svd())
     transport = _instance("transport", transport, Transport, default=align())
-    codec = _instance("codec", codec, Codec, default=identity())
-    if transport.needs_canonical_columns and not projector.canonical_columns:
-        raise ValueError(
-            f"transport {transport} leaves moments where they are, but the columns of {projector} "
-            "mean something else after every refresh. Use transport.align(), or a projector with "
-            "canonical columns (svd, gram_eigh)."
-        )
+    recovery = _instance("recovery", recovery, Recovery, default=drop())
+    codec = _instance("codec", codec, Codec, default=projector.default_codec)
     policy = as_policy(refresh)
-    if policy.compares_columns and not (transport.keeps_columns and projector.canonical_columns):
-        raise ValueError(
-            f"{policy} compares columns, but {projector} with {transport} gives them another "
-            'meaning at every refresh. Use mode="overlap", or svd or gram_eigh with '
-            "transport.keep(), reset() or rotate()."
+    _check_columns(projector, transport, recovery, policy)
+    dtype = check_floating("state_dtype", state_dtype)
+    if dtype == jnp.float16:
+        raise TypeError(
+            "`state_dtype` is float16, in which the square of an entry below 2e-4 is zero: Adam "
+            "would divide by nothing. Use bfloat16 for fewer bytes, or float32."
         )
-    dtype = jnp.dtype(state_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`state_dtype` must be a floating dtype, got {dtype.name}.")
     if seed is None:
         seed = 0
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -93,6 +94,7 @@ def low_rank_config(
         projector=projector,
         refresh=policy,
         transport=transport,
+        recovery=recovery,
         codec=codec,
         state_dtype=dtype,
         axis_name=check_axis_name(axis_name),
@@ -100,12 +102,41 @@ def low_rank_config(
     )
 
 
-def check_same_storage(config: LowRankConfig, stored: LowRankConfig) -> None:
-    """Raises if a state made under `stored` cannot be continued under `config`."""
+def _check_columns(
+    projector: Projector, transport: Transport, recovery: Recovery, policy: RefreshPolicy
+) -> None:
+    """Raises if a part needs columns that the projector does not deliver."""
+    if transport.needs_canonical_columns and not projector.canonical_columns:
+        raise ValueError(
+            f"transport {transport} leaves moments where they are, but the columns of {projector} "
+            "mean something else after every refresh. Use transport.align(), or a projector with "
+            "canonical columns (svd, gram_eigh)."
+        )
+    if policy.compares_columns and not (transport.keeps_columns and projector.canonical_columns):
+        raise ValueError(
+            f"{policy} compares columns, but {projector} with {transport} gives them another "
+            'meaning at every refresh. Use mode="overlap", or svd or gram_eigh with '
+            "transport.keep(), reset() or rotate()."
+        )
+    for part in (transport, recovery):
+        if part.needs_orthonormal and not projector.orthonormal:
+            raise ValueError(
+                f"{part} takes the columns of a basis for orthonormal, but those of {projector} "
+                "are not. Use transport.reset(), or a projector whose columns are."
+            )
+
+
+def check_same_storage(config: LowRankConfig, stored: Any) -> None:
+    """Raises if a state made under `stored` cannot be continued under `config`.
+
+    A checkpointer may have dropped the config, which holds no array: the shapes will tell.
+    """
+    if not isinstance(stored, LowRankConfig):
+        return
     for name in _FIXED:
         ours, theirs = getattr(config, name), getattr(stored, name)
         if callable(ours) or callable(theirs):
-            continue  # compare by identity only; the shapes will tell
+            continue  # one may be a regex and the other a callable that says the same
         if ours != theirs:
             raise ValueError(
                 f"this state was made with {name}={theirs!r}, but the transformation has "

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.transforms import stages
+from galore_jax.checks import quietly
 from galore_jax.transforms.config import LowRankConfig, check_same_storage
+from galore_jax.transforms.lens import Layer, entered, kinds_of
 from galore_jax.transforms.state import AccumulateState, LowRankState
+from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.transforms.subspace import LeafSubspace
-from galore_jax.views import leaf_plan
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths
+from galore_jax.views.leaves import Leaves, is_leaf
 
 
 class LensLeaves(NamedTuple):
@@ -22,13 +23,15 @@ class LensLeaves(NamedTuple):
     Args:
       config: Of the lens.
       subspaces: One per leaf that the lens sees.
+      owners: Number of each of them among all leaves of the parameters.
     """
 
     config: LowRankConfig
     subspaces: list[LeafSubspace]
+    owners: list[int]
 
 
-def lens_leaves(opt_state: Any, params: Any, layer: stages.Layer = 0) -> list[LensLeaves]:
+def lens_leaves(opt_state: Any, params: Any, layer: Layer = 0) -> list[LensLeaves]:
     """The subspaces that the next gradient is taken in, for every lens of an optimizer state.
 
     Inside a window of `accumulate` these are the window's, and nothing is due any more.
@@ -38,12 +41,12 @@ def lens_leaves(opt_state: Any, params: Any, layer: stages.Layer = 0) -> list[Le
       params: Its parameters, or their `ShapeDtypeStruct`s.
       layer: See `low_rank_projection`.
     """
-    found = []
+    likes, found = likes_of(Leaves.of(params)), []
     for node in jax.tree.leaves(opt_state, is_leaf=_is_known):
         if isinstance(node, LowRankState):
-            own, treedef = flatten_leaves(own_params(node, params))
-            plans = leaf_plan(node.config, treedef.unflatten(own))
-            found.append(LensLeaves(node.config, stages.subspaces(node, treedef, plans, layer)))
+            lens, seen = lens_on(node, likes)
+            owners = [like.owner for like in seen]
+            found.append(LensLeaves(node.config, lens.subspaces(node, layer), owners))
         elif isinstance(node, AccumulateState):
             inner = lens_leaves(node.opt_state, params, layer)
             found.extend(_of_window(node, lens) for lens in inner)
@@ -56,8 +59,8 @@ def with_configs(opt_state: Any, tx: optax.GradientTransformation, params: Any) 
     Raises:
       ValueError: `tx` has other lenses, or those cannot go on from this state.
     """
-    leaves, treedef = flatten_leaves(params)
-    now = find_lenses(jax.eval_shape(tx.init, treedef.unflatten(map(abstract, leaves))))
+    leaves = Leaves.of(params)
+    now = find_lenses(abstract_state(tx, leaves))
     then = find_lenses(opt_state)
     if len(now) != len(then):
         raise ValueError(
@@ -66,56 +69,70 @@ def with_configs(opt_state: Any, tx: optax.GradientTransformation, params: Any) 
         )
     for ours, theirs in zip(now, then, strict=True):
         check_same_storage(ours.config, theirs.config)
-    configs = iter([lens.config for lens in now])
-    return jax.tree.map(
-        lambda node: node._replace(config=next(configs)) if _is_lens(node) else node,
-        opt_state,
-        is_leaf=_is_lens,
-    )
+    configs, likes = iter([lens.config for lens in now]), likes_of(leaves)
+
+    def renew(node: Any) -> Any:
+        if not isinstance(node, LowRankState):
+            return node
+        return entered(lens_on(node._replace(config=next(configs)), likes)[0], node)
+
+    return jax.tree.map(renew, opt_state, is_leaf=lambda node: isinstance(node, LowRankState))
+
+
+def abstract_state(tx: optax.GradientTransformation, leaves: Leaves) -> Any:
+    """Shapes of ``tx.init(params)``, without the warnings of a real one."""
+    with quietly():
+        return jax.eval_shape(tx.init, leaves.boxed(leaves.shapes))
+
+
+def find_lenses(opt_state: Any) -> list[LowRankState]:
+    """All states of `low_rank_projection` in an optimizer state, in order."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LowRankState))
+    return [node for node in nodes if isinstance(node, LowRankState)]
 
 
 def _of_window(window: AccumulateState, lens: LensLeaves) -> LensLeaves:
     """Bases of a window that has begun."""
     first = window.mini_step == 0
-    paths = leaf_paths(window.sums)
-    treedef = flatten_leaves(window.sums)[1]
-    stored = dict(zip(paths, treedef.flatten_up_to(window.projectors), strict=True))
+    stored = Leaves.of(window.sums).split(window.projectors)
     return lens._replace(
         subspaces=[
             leaf._replace(
                 stored=jax.tree.map(
-                    lambda now, then: jnp.where(first, now, then),
-                    leaf.stored,
-                    stored[leaf.plan.path],
+                    lambda now, then: jnp.where(first, now, then), leaf.stored, stored[owner]
                 ),
                 due=leaf.due & first,
             )
-            for leaf in lens.subspaces
+            for leaf, owner in zip(lens.subspaces, lens.owners, strict=True)
         ]
     )
-
-
-def find_lenses(opt_state: Any) -> list[LowRankState]:
-    """All states of `low_rank_projection` in an optimizer state, in order."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_lens)
-    return [node for node in nodes if _is_lens(node)]
-
-
-def own_params(lens: LowRankState, params: Any) -> Any:
-    """The parameters that the lens got, in the structure in which it got them.
-
-    What a mask keeps from it is a `MaskedNode` there, for a leaf or for a whole branch.
-    """
-    given = dict(zip(leaf_paths(params), flatten_leaves(params)[0], strict=True))
-    # One array per leaf, whatever a basis is stored as.
-    likes = lens.refresh_state.refreshes
-    _, treedef = flatten_leaves(likes)
-    return treedef.unflatten(given[path] for path in leaf_paths(likes))
 
 
 def _is_known(node: Any) -> bool:
     return isinstance(node, LowRankState | AccumulateState)
 
 
-def _is_lens(node: Any) -> bool:
-    return isinstance(node, LowRankState)
+def kinds_in(state: LowRankState) -> dict[str, list[str]]:
+    """Paths of the projected leaves of a lens by kind, read off its state alone.
+
+    Raises:
+      ValueError: The state has lost its config.
+    """
+    if not isinstance(state.config, LowRankConfig):
+        raise ValueError(
+            "this state has lost the config of its lens, perhaps in a checkpointer that drops "
+            "what holds no array: `tx.update` puts it back."
+        )
+    basis = jax.ShapeDtypeStruct((2, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    form: Any = jax.tree.structure(jax.eval_shape(state.config.codec.encode, *basis))
+    leaves = Leaves.of(
+        state.projectors, is_leaf=lambda x: is_leaf(x) or jax.tree.structure(x) == form
+    )
+    projected = [
+        (path, path, jnp.shape(jax.tree.leaves(stored)[0])[:-2])
+        for path, stored in zip(leaves.paths, leaves.values, strict=True)
+        if any(map(jnp.ndim, jax.tree.leaves(stored)))
+    ]
+    kinds = kinds_of(projected)
+    assert set(kinds) == set(state.refresh_state.due), "a codec whose parts lack the batch axes"
+    return kinds

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax import mapped
 from galore_jax.codecs import Codec
 from galore_jax.mapped import AxisName
 from galore_jax.meshes import sharded_alike
 from galore_jax.projectors import Projector
+from galore_jax.recovery import Leaving, Recovery
 from galore_jax.refresh import RefreshPolicy
-from galore_jax.transforms import adopted, stages, subspace
-from galore_jax.transforms.config import check_same_storage, low_rank_config
-from galore_jax.transforms.inner import check_inner, inner_proxy
+from galore_jax.transforms import bases
+from galore_jax.transforms.bases import Bases
+from galore_jax.transforms.config import LowRankConfig, low_rank_config
+from galore_jax.transforms.lens import Layer, Lens, entered
+from galore_jax.transforms.projected import full_shapes, updates_like
 from galore_jax.transforms.state import LowRankState
 from galore_jax.transport import Transport
-from galore_jax.views import leaf_plan
-from galore_jax.views.leaves import flatten_leaves, rebox
+from galore_jax.views import LeafPlan, ProjectedGradient
+from galore_jax.views.leaves import Leaves
 from galore_jax.views.matrix_view import Side
 from galore_jax.views.plan import RankLike
 from galore_jax.views.targets import Targets
@@ -33,6 +36,7 @@ def low_rank_projection(
     projector: Projector | None = None,
     refresh: RefreshPolicy | int = 200,
     transport: Transport | None = None,
+    recovery: Recovery | None = None,
     scale: optax.ScalarOrSchedule = 1.0,
     side: Side = "short",
     axes: Any = None,
@@ -62,6 +66,8 @@ def low_rank_projection(
       projector: How a basis is found; default ``projectors.randomized_svd()``.
       refresh: When; an int n means ``refresh.every(n)``.
       transport: What happens to the inner state when a basis moves; default ``transport.align()``.
+      recovery: What becomes of the part of a gradient that its basis leaves out; default
+        ``recovery.drop()``.
       scale: α, a number or a schedule of the step count; projected leaves only.
       side: The matrix axis that is projected: "short" (the paper), "long" (optax.contrib; fewer
         bytes, but an old basis keeps less of the gradient), "input" or "output". Square matrices
@@ -109,6 +115,7 @@ def low_rank_projection(
         projector=projector,
         refresh=refresh,
         transport=transport,
+        recovery=recovery,
         side=side,
         axes=axes,
         targets=targets,
@@ -117,24 +124,26 @@ def low_rank_projection(
         axis_name=axis_name,
         seed=seed,
     )
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"`inner` must be a gradient transformation, got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> LowRankState:
-        plans = leaf_plan(config, params)
-        leaves, treedef = flatten_leaves(params)
-        proxies = treedef.unflatten(map(functools.partial(inner_proxy, config), plans, leaves))
+        leaves = Leaves.of(params)
+        lens = Lens.of(config, leaves.treedef, leaves.shapes)
+        proxies = leaves.tree(
+            [lens.at_state_dtype(i, _zeros(lens, i, leaf)) for i, leaf in enumerate(leaves.values)]
+        )
         inner_state = inner.init(proxies)
-        check_inner(inner, inner_state, proxies)
-        config.transport.check(inner_state, treedef)
+        _check_inner(inner, inner_state, proxies)
+        config.transport.check(inner_state, leaves.treedef)
         return LowRankState(
             config=config,
             count=jnp.zeros((), jnp.int32),
-            projectors=treedef.unflatten(
-                subspace.initial_basis(config, plan) if plan.is_projected else jnp.zeros(())
-                for plan in plans
-            ),
-            refresh_state=stages.first_decision(config, treedef, plans),
+            projectors=lens.first_projectors(),
+            refresh_state=lens.first_flags(),
             inner_state=inner_state,
+            recovery_state=leaves.tree(list(map(config.recovery.first_memory, lens.plans))),
         )
 
     def update_fn(
@@ -142,40 +151,101 @@ def low_rank_projection(
         state: LowRankState,
         params: optax.Params | None = None,
         *,
-        layer: stages.Layer = 0,
+        layer: Layer = 0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowRankState]:
-        check_same_storage(config, state.config)
-        gradients, treedef = flatten_leaves(updates)
-        plans = leaf_plan(config, adopted.full_shapes(updates, params))
-        leaves = stages.subspaces(state._replace(config=config), treedef, plans, layer)
-        for leaf in leaves:
-            if leaf.plan.is_projected:
-                subspace.check_stored(config, leaf.plan, leaf.stored)
-        refreshing = stages.under_policy(config, state, treedef, leaves)
-        refreshed = stages.refresh(config, leaves, gradients)
-        entered = list(map(functools.partial(stages.enter, config), leaves, gradients, refreshed))
-        carried = config.transport.carry(
-            state.inner_state, treedef, [leaf.move for leaf in entered]
-        )
+        grads = Leaves.of(updates)
+        lens = Lens.of(config, grads.treedef, full_shapes(grads, params))
+        state = entered(lens, state)
+        now = bases.refresh(lens, state, grads, layer)
+        low_rank = [_project(lens, now, i, grad) for i, grad in enumerate(grads.values)]
         directions, inner_state = inner.update(
-            treedef.unflatten(leaf.value for leaf in entered), carried, None, **extra_args
+            grads.tree(low_rank), now.inner_state, None, **extra_args
         )
         factor = scale(state.count) if callable(scale) else scale
-        left = map(
-            functools.partial(stages.leave, factor),
-            plans,
-            gradients,
-            entered,
-            treedef.flatten_up_to(directions),
-        )
+        lifted, memory = _lift(lens, now, grads, low_rank, directions, state, factor)
         count = optax.safe_increment(state.count)
-        return rebox(updates, list(left)), LowRankState(
+        return grads.boxed(lifted), LowRankState(
             config=config,
             count=count,
-            projectors=treedef.unflatten(leaf.stored for leaf in entered),
-            refresh_state=stages.decide(config, treedef, count, refreshing, leaves, entered),
+            projectors=grads.tree(now.stored),
+            refresh_state=bases.decide(lens, count, state.refresh_state, now, low_rank),
             inner_state=inner_state,
+            recovery_state=grads.tree(memory),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, adopted.alike))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
+
+
+def _project(lens: Lens, now: Bases, leaf: int, grad: Any) -> Any:
+    """R of a leaf, or the leaf itself where it is not projected: the mean over devices."""
+    if lens.plans[leaf].is_projected:
+        return mapped.mean(now.project(lens, leaf, grad), lens.config.axis_name)
+    if lens.plans[leaf].is_inexact and not isinstance(grad, ProjectedGradient):
+        grad = mapped.mean(grad, lens.config.axis_name)  # in its own dtype
+    return now.project(lens, leaf, grad)
+
+
+def _lift(
+    lens: Lens,
+    now: Bases,
+    grads: Leaves,
+    low_rank: list[Any],
+    directions: Any,
+    state: LowRankState,
+    scale: Any,
+) -> tuple[list[Any], list[Any]]:
+    """Updates of all leaves from their directions, and the memory of the recovery."""
+    lifted, memory = list(grads.values), grads.split(state.recovery_state)
+    for i, direction in enumerate(grads.split(directions)):
+        plan = lens.plans[i]
+        if plan.view is None:
+            if plan.is_inexact:
+                lifted[i] = direction.astype(plan.dtype)
+            continue
+        grad = None
+        if lens.config.recovery.needs_gradient:
+            grad = _full_gradient(lens.config, plan, grads.values[i])
+        basis = now.decoded(lens, i)
+        leaving = Leaving(plan.view, plan.dtype, grad, basis, low_rank[i], direction, scale)
+        lifted[i], memory[i] = lens.config.recovery.leave(leaving, memory[i])
+    return lifted, memory
+
+
+def _full_gradient(config: LowRankConfig, plan: LeafPlan, grad: Any) -> jax.Array:
+    """The mean gradient at full size, which a recovery has asked for."""
+    if isinstance(grad, ProjectedGradient):
+        raise ValueError(
+            f"leaf {plan.path!r}: {config.recovery} needs the gradient itself, but it arrives "
+            "projected. Take it with jax.value_and_grad, or layer by layer."
+        )
+    return mapped.mean(grad, config.axis_name)
+
+
+def _zeros(lens: Lens, leaf: int, value: Any) -> Any:
+    """Proxy of a leaf for the init of the inner transformation."""
+    if lens.plans[leaf].is_projected or isinstance(value, jax.ShapeDtypeStruct):
+        like = lens.low_rank_shape(leaf)
+        return jnp.zeros(like.shape, like.dtype)
+    return value
+
+
+def _check_inner(inner: optax.GradientTransformationExtraArgs, state: Any, proxies: Any) -> None:
+    """Raises if `inner` needs parameters, which do not exist in the subspace."""
+
+    def fails(params: Any) -> Exception | None:
+        try:
+            jax.eval_shape(lambda *args: inner.update(*args), proxies, state, params)
+        except Exception as error:
+            return error
+        return None
+
+    error = fails(None)
+    # Failing with parameters too means that it misses something else (extra arguments, say).
+    if error is not None and fails(proxies) is None:
+        raise ValueError(
+            "the inner transformation needs `params`, which live in the full space, not in the "
+            "subspace. Put it behind the lens, e.g. optax.chain(low_rank_projection("
+            "optax.scale_by_adam(), rank), optax.add_decayed_weights(1e-2)) instead of an AdamW "
+            "inside."
+        ) from error

@@ -12,8 +12,8 @@ import optax
 from galore_jax.meshes import sharded_alike
 from galore_jax.quant import dequantize, power
 from galore_jax.quant.array import check_format
-from galore_jax.transforms import adopted
 from galore_jax.transforms.elementwise import Entrywise, entrywise
+from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.streaming import merge, piece_of, streamed
 from galore_jax.transport.moments import (
     Moments,
@@ -114,7 +114,7 @@ def quantized_state(
             directions, state = (merge(list(parts)) for parts in zip(*pieces, strict=True))
         return rebox(updates, treedef.flatten_up_to(directions)), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, adopted.alike))
+    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
 
 
 def scale_by_adam8bit(

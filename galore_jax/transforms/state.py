@@ -1,4 +1,4 @@
-"""State of the lens."""
+"""States of the lens and of a window of micro-batches."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from galore_jax.transforms.config import LowRankConfig
 
 
 class RefreshState(NamedTuple):
-    """Which matrices are refreshed next, and what the policy remembers.
+    """Flags and counts of all matrices, and the memory of the policy.
+
+    Matrices of one kind, the same weight of several layers or a lone one, share an array, so that
+    a step does not handle hundreds of single flags: ``[leaves, *batch]``, or ``[*batch]`` for a
+    lone leaf. Each field has one entry per kind, by its name.
 
     Args:
-      due: ``bool[*batch]`` per leaf, decided at the end of the previous step.
-      refreshes: ``int32[*batch]`` per leaf, how often each basis has been recomputed.
-      overlap: ``float32[*batch]`` per leaf, share of the subspace before the last refresh that lies
-        in the one after it; zero until there have been two refreshes.
-      places: ``uint32[*batch]`` per leaf, where each matrix stands among all of them.
-      memory: State of the policy.
+      due: Bool, matrices that the next step refreshes, decided at the end of the previous one.
+      refreshes: int32, how often each basis has been recomputed.
+      overlap: float32, share of the subspace before the last refresh that lies in the one after it;
+        zero until there have been two refreshes.
+      memory: What the policy remembers.
     """
 
-    due: optax.Updates
-    refreshes: optax.Updates
-    overlap: optax.Updates
-    places: optax.Updates
-    memory: Any
+    due: dict[str, jax.Array]
+    refreshes: dict[str, jax.Array]
+    overlap: dict[str, jax.Array]
+    memory: dict[str, Any]
 
 
 class LowRankState(NamedTuple):
-    """State of `low_rank_projection`. Every tree has an array at every leaf of the parameters.
+    """State of `low_rank_projection`.
 
     Args:
       config: Static description of the lens (no arrays).
@@ -39,6 +41,7 @@ class LowRankState(NamedTuple):
         zero where a leaf is not projected.
       refresh_state: Which matrices are due.
       inner_state: State of the inner transformation on the low-rank tree.
+      recovery_state: Memory of the recovery, per leaf.
     """
 
     config: LowRankConfig
@@ -46,6 +49,7 @@ class LowRankState(NamedTuple):
     projectors: optax.Updates
     refresh_state: RefreshState
     inner_state: optax.OptState
+    recovery_state: Any
 
 
 class AccumulateState(NamedTuple):

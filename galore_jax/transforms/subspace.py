@@ -1,20 +1,15 @@
-"""One leaf, one step: refresh its bases, project its gradient, lift its update.
-
-The pieces of the lens that other ways of taking a gradient need apart: accumulation, a backward
-pass that projects, a layer-wise step.
-"""
+"""One leaf: its stored bases, their refresh from its gradient, and what is projected onto them."""
 
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import overlap
+from galore_jax.basis import BasisChange, overlap
 from galore_jax.projectors import (
     MatrixOperator,
     dense_operator,
@@ -22,27 +17,13 @@ from galore_jax.projectors import (
     select_operator,
     working_dtype,
 )
+from galore_jax.projectors.orthonormal import orthonormalize
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.views import LeafPlan
 
 
-class Refreshed(NamedTuple):
-    """The bases of one leaf after its refresh.
-
-    Args:
-      stored: Their stored form.
-      moved: ``bool[*batch]``, which of them are new.
-      overlap: ``float32[*batch]``, how much of the old subspace lies in the new one; zero where
-        nothing moved.
-    """
-
-    stored: Any
-    moved: jax.Array
-    overlap: jax.Array
-
-
 class LeafSubspace(NamedTuple):
-    """What the state knows about the subspaces of one leaf at the start of a step.
+    """The subspaces of one leaf at the start of a step.
 
     Args:
       plan: The leaf's plan.
@@ -58,39 +39,100 @@ class LeafSubspace(NamedTuple):
     refreshes: jax.Array
     key: jax.Array
 
-    @property
-    def cold(self) -> jax.Array:
-        """``bool[*batch]``, True where the stored basis is still the initial one."""
-        return self.refreshes == 0
+
+class Refreshed(NamedTuple):
+    """The bases of one leaf after its refresh.
+
+    Args:
+      stored: Their stored form.
+      moved: ``bool[*batch]``, which of them are new.
+      overlap: ``float32[*batch]``, share of the old subspace that lies in the new one; zero where
+        nothing moved.
+      similarity: ``float32[*batch]``, the same in the measure of the refresh policy.
+    """
+
+    stored: Any
+    moved: jax.Array
+    overlap: jax.Array
+    similarity: jax.Array
+
+
+# A gradient matrix by its number along the flattened batch axes of its leaf.
+Matrices = Callable[[jax.Array], MatrixOperator]
 
 
 def decode(config: LowRankConfig, plan: LeafPlan, stored: Any) -> jax.Array:
     """The basis that projects and lifts, ``[*batch, projected, rank]``."""
-    return config.codec.decode(stored, working_dtype(plan.dtype))
-
-
-def check_stored(config: LowRankConfig, plan: LeafPlan, stored: Any) -> None:
-    """Raises if the stored basis of a leaf is not of the planned shape."""
     assert plan.view is not None
-    seen = jax.eval_shape(lambda s: decode(config, plan, s), stored).shape
-    expected = plan.view.basis_shape(plan.rank)
-    if seen != expected:
+    shape = plan.view.basis_shape(plan.rank)
+    return config.codec.decode(stored, working_dtype(plan.dtype), shape)
+
+
+def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
+    """The first coordinate vectors: orthonormal, so that nothing is ever projected to zero."""
+    assert plan.view is not None
+    *batch, projected, rank = shape = plan.view.basis_shape(plan.rank)
+    eye = jnp.eye(projected, rank, dtype=working_dtype(plan.dtype))
+    return config.codec.encode(jnp.broadcast_to(eye, shape), jnp.zeros((*batch, 2), jnp.uint32))
+
+
+def as_stored(config: LowRankConfig, plan: LeafPlan, stored: Any) -> Any:
+    """Stored bases in the dtypes that their codec gives them.
+
+    A state may have been averaged, cast or sent through somebody's arithmetic in between.
+
+    Raises:
+      ValueError: They are not of the planned shape, or codes have become fractions.
+    """
+    expected = jax.eval_shape(functools.partial(initial_basis, config, plan))
+    same = jax.tree.structure(stored) == jax.tree.structure(expected)
+    pairs = list(zip(*map(jax.tree.leaves, (stored, expected)), strict=False)) if same else []
+    if not same or any(jnp.shape(part) != like.shape for part, like in pairs):
+        assert plan.view is not None
+        seen = ", ".join(str(jnp.shape(part)) for part in jax.tree.leaves(stored))
         raise ValueError(
             f"leaf {plan.path!r}: the state holds a basis of shape {seen}, but this transformation "
-            f"needs {expected}. It was made with another rank, side or axes, or for other "
-            "parameters: init anew, or restore with the old values."
+            f"needs {plan.view.basis_shape(plan.rank)} in {config.codec}. It was made with another "
+            "rank, side, axes or codec, or for other parameters: init anew, or restore with the "
+            "old values."
         )
+    for part, like in pairs:
+        if part.dtype != like.dtype and not jnp.issubdtype(like.dtype, jnp.floating):
+            raise ValueError(
+                f"leaf {plan.path!r}: the codes of its basis are {part.dtype} instead of "
+                f"{like.dtype}: something did arithmetic on the optimizer state (an average, a "
+                "cast). Leave states with few bits alone, or use codecs.identity()."
+            )
+    return jax.tree.map(lambda part, like: part.astype(like.dtype), stored, expected)
+
+
+def project(
+    config: LowRankConfig, plan: LeafPlan, gradient: jax.Array, basis: jax.Array
+) -> jax.Array:
+    """R = G·P, ``[*batch, kept, rank]`` in the state dtype."""
+    assert plan.view is not None
+    return plan.view.project(gradient, basis).astype(config.state_dtype)
+
+
+def change_of(config: LowRankConfig, leaf: LeafSubspace, refreshed: Refreshed) -> BasisChange:
+    """Old and new bases, decoded."""
+    old, new = (decode(config, leaf.plan, x) for x in (leaf.stored, refreshed.stored))
+    return BasisChange(old, new, refreshed.moved, leaf.refreshes == 0)
 
 
 def unmoved(stored: Any, batch: jax.Array) -> Refreshed:
     """A leaf whose bases stay; `batch` is any array of the shape of its batch axes."""
-    return Refreshed(
-        stored, jnp.zeros_like(batch, dtype=bool), jnp.zeros_like(batch, dtype=jnp.float32)
-    )
+    zero = jnp.zeros_like(batch, dtype=jnp.float32)
+    return Refreshed(stored, jnp.zeros_like(batch, dtype=bool), zero, zero)
 
 
 def replaced(
-    config: LowRankConfig, dtype: Any, stored: Any, encoded: Any, usable: jax.Array
+    config: LowRankConfig,
+    plan: LeafPlan,
+    stored: Any,
+    basis: jax.Array,
+    usable: jax.Array,
+    key: jax.Array,
 ) -> Refreshed:
     """New bases in the places of old ones, where they are usable.
 
@@ -98,55 +140,35 @@ def replaced(
 
     Args:
       config: The lens.
-      dtype: What stored bases are decoded to.
-      stored: Stored forms, ``[*batch, projected, rank]`` before the codec.
-      encoded: The new ones.
+      plan: Plan of the leaf, or of one matrix of it.
+      stored: Stored form of the old bases.
+      basis: ``[*batch, projected, rank]``, the new ones.
       usable: ``bool[*batch]``.
+      key: ``uint32[*batch, 2]``, what the projector drew its random numbers with.
     """
-    old, new = (config.codec.decode(basis, dtype) for basis in (stored, encoded))
-    share = jnp.minimum(overlap(old, new), 1).astype(jnp.float32)  # few bits are not orthonormal
+    encoded = config.codec.encode(basis.astype(working_dtype(plan.dtype)), key)
+    pair = [config.codec.decode(x, basis.dtype, basis.shape) for x in (stored, encoded)]
+    if not config.projector.orthonormal:
+        fill = jnp.eye(*basis.shape[-2:], dtype=basis.dtype)
+        pair = [over_batch(lambda b: orthonormalize(b, fill), b.ndim - 2)(b) for b in pair]
+    measures = [over_batch(fn, basis.ndim - 2) for fn in (overlap, config.refresh.similarity)]
+    # Columns in few bits are not quite orthonormal: a share may come out above one.
+    shares = [jnp.minimum(measure(*pair), 1).astype(jnp.float32) for measure in measures]
     return Refreshed(
-        stored=where_matrices(usable, encoded, stored),
-        moved=usable,
-        overlap=jnp.where(usable, share, jnp.zeros_like(share)),
+        where_matrices(usable, encoded, stored),
+        usable,
+        *(jnp.where(usable, share, jnp.zeros_like(share)) for share in shares),
     )
-
-
-def initial_basis(config: LowRankConfig, plan: LeafPlan) -> Any:
-    """The first coordinate vectors: orthonormal, so that nothing is ever projected to zero."""
-    assert plan.view is not None
-    *_, projected, rank = shape = plan.view.basis_shape(plan.rank)
-    return config.codec.encode(
-        jnp.broadcast_to(jnp.eye(projected, rank, dtype=working_dtype(plan.dtype)), shape)
-    )
-
-
-# A gradient matrix by its number along the flattened batch axes of its leaf.
-Matrices = Callable[[jax.Array], MatrixOperator]
 
 
 def refresh(
-    config: LowRankConfig, group: list[LeafSubspace], gradients: list[Matrices]
+    config: LowRankConfig, group: Sequence[LeafSubspace], gradients: Sequence[Matrices]
 ) -> list[Refreshed]:
-    """Recomputes the bases that are due, from their gradients.
-
-    One conditional with a scalar predicate for all matrices of the group, however many leaves
-    and layers; inside it, a loop over the due ones only, so that one factorization is compiled
-    and the memory of one is live at a time.
-
-    Args:
-      config: The lens.
-      group: Leaves whose plans differ in their paths only.
-      gradients: Their gradients, known by their products.
-
-    Returns:
-      Per leaf the stored bases, which of them moved, and how far. A gradient that is not finite,
-      or is zero, moves nothing.
-    """
-    any_due = jnp.any(jnp.stack([jnp.any(leaf.due) for leaf in group]))
+    """Recomputes the bases that are due, under one conditional with a scalar predicate."""
+    any_due = functools.reduce(jnp.logical_or, (jnp.any(leaf.due) for leaf in group))
     return jax.lax.cond(
         any_due,
-        lambda: _refresh_due(config, group, gradients),
+        lambda: refresh_due(config, group, gradients),
         lambda: [unmoved(leaf.stored, leaf.due) for leaf in group],
     )
 
@@ -158,16 +180,28 @@ class _Progress(NamedTuple):
     refreshed: Refreshed
 
 
-def _refresh_due(
-    config: LowRankConfig, group: list[LeafSubspace], gradients: list[Matrices]
+def refresh_due(
+    config: LowRankConfig, group: Sequence[LeafSubspace], gradients: Sequence[Matrices]
 ) -> list[Refreshed]:
-    """Runs over the due matrices of all leaves, updating the stored bases in place."""
-    plan = group[0].plan
-    view = plan.view
+    """Recomputes the bases that are due, from their gradients.
+
+    A loop over the due matrices of all leaves: one factorization is compiled, and the memory of one
+    is live at a time. A gradient that is not finite, or is zero, costs no factorization and moves
+    nothing.
+
+    Args:
+      config: The lens.
+      group: Leaves whose plans differ in their paths only.
+      gradients: Their gradients, known by their products.
+
+    Returns:
+      The bases of each leaf.
+    """
+    plan, view = group[0].plan, group[0].plan.view
     assert view is not None
-    due, cold, key, stored = (
+    due, refreshes, key, stored = (
         _concatenate(view.batch_shape, [getattr(leaf, name) for leaf in group])
-        for name in ("due", "cold", "key", "stored")
+        for name in ("due", "refreshes", "key", "stored")
     )
 
     def body(progress: _Progress) -> _Progress:
@@ -175,14 +209,23 @@ def _refresh_due(
         number = jnp.argmax(progress.left).astype(jnp.uint32)
         leaf, index = (0, number) if len(group) == 1 else jnp.divmod(number, view.num_matrices)
         makers = [functools.partial(gradient, index) for gradient in gradients]
-        refreshed = _refresh_matrix(
-            config,
-            plan,
-            mean_operator(select_operator(leaf, makers), config.axis_name),
-            jax.tree.map(lambda parts: _at(parts, number), progress.refreshed.stored),
-            cold=_at(cold, number),
-            key=_at(key, number),
-        )
+        gradient = mean_operator(select_operator(leaf, makers), config.axis_name)
+        old = jax.tree.map(lambda parts: _at(parts, number), progress.refreshed.stored)
+
+        def find() -> Refreshed:
+            previous = config.codec.decode(old, gradient.dtype, (view.projected_size, plan.rank))
+            basis = config.projector.basis(
+                gradient,
+                plan.rank,
+                previous=previous,
+                refreshes=_at(refreshes, number),
+                key=_at(key, number),
+            )
+            basis = config.transport.turn(basis, previous)
+            finite = jnp.all(jnp.isfinite(basis))
+            return replaced(config, plan, old, basis, finite, _at(key, number))
+
+        refreshed = jax.lax.cond(gradient.is_usable, find, lambda: unmoved(old, number))
         return jax.tree.map(
             lambda parts, part: jax.lax.dynamic_update_index_in_dim(parts, part, number, 0),
             progress,
@@ -201,34 +244,22 @@ def dense_matrices(plan: LeafPlan, gradient: jax.Array) -> Matrices:
     return lambda index: dense_operator(view.entry(gradient, index), view.unbatched)
 
 
-def _refresh_matrix(
-    config: LowRankConfig,
-    plan: LeafPlan,
-    gradient: MatrixOperator,
-    stored: Any,
-    *,
-    cold: jax.Array,
-    key: jax.Array,
-) -> Refreshed:
-    """Recomputes one basis from a gradient that is known by its products.
+def over_batch(fn: Callable[..., jax.Array], axes: int) -> Callable[..., jax.Array]:
+    """`fn` of matrices, mapped over leading batch axes."""
+    for _ in range(axes):
+        fn = jax.vmap(fn)
+    return fn
 
-    Args:
-      config: The lens.
-      plan: Plan of the leaf that the matrix is of.
-      gradient: The gradient matrix.
-      stored: The stored form of its basis.
-      cold: Scalar bool, whether that is the initial one.
-      key: ``uint32[2]``.
 
-    Returns:
-      The stored form of the new basis, whether it moved, and how far.
-    """
-    previous = config.codec.decode(stored, gradient.dtype)
-    basis = config.projector.basis(gradient, plan.rank, previous=previous, cold=cold, key=key)
-    basis = config.transport.turn(basis, previous)
-    usable = gradient.is_usable & jnp.all(jnp.isfinite(basis))
-    encoded = config.codec.encode(basis.astype(working_dtype(plan.dtype)))
-    return replaced(config, gradient.dtype, stored, encoded, usable)
+def where_matrices(condition: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where `condition` (batch axes), part by part of a stored form."""
+
+    def select(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+        )
+
+    return jax.tree.map(select, new, old)
 
 
 def _concatenate(batch: tuple[int, ...], leaves: list[Any]) -> Any:
@@ -244,34 +275,8 @@ def _concatenate(batch: tuple[int, ...], leaves: list[Any]) -> Any:
 def _split(batch: tuple[int, ...], count: int, flat: Any) -> list[Any]:
     """Inverse of `_concatenate`."""
     per_leaf = jax.tree.map(lambda part: part.reshape(count, *batch, *part.shape[1:]), flat)
-    return [jax.tree.map(operator.itemgetter(leaf), per_leaf) for leaf in range(count)]
-
-
-def project(
-    config: LowRankConfig, plan: LeafPlan, gradient: jax.Array, basis: jax.Array
-) -> jax.Array:
-    """R = G·P, ``[*batch, kept, rank]`` in the state dtype."""
-    assert plan.view is not None
-    return plan.view.project(gradient, basis).astype(config.state_dtype)
-
-
-def lift(plan: LeafPlan, low_rank: jax.Array, basis: jax.Array, scale: jax.Array) -> jax.Array:
-    """scale·N·Pᵀ in the shape and dtype of the leaf; scaled while it is still small."""
-    assert plan.view is not None
-    scaled = low_rank * jnp.asarray(scale, low_rank.dtype)
-    return plan.view.lift(scaled, basis, plan.dtype)
+    return [jax.tree.map(lambda part, i=i: part[i], per_leaf) for i in range(count)]
 
 
 def _at(parts: jax.Array, number: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(parts, number, 0, keepdims=False)
-
-
-def where_matrices(condition: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where `condition` (batch axes), part by part of a stored form."""
-
-    def select(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(
-            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
-        )
-
-    return jax.tree.map(select, new, old)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from galore_jax.basis import BasisMove
+from galore_jax.basis import BasisChange
 
 
 class Transport:
@@ -17,24 +17,28 @@ class Transport:
 
     # Moments are left where they are although columns may change meaning.
     needs_canonical_columns: ClassVar[bool] = False
+    # Takes the columns for orthonormal.
+    needs_orthonormal: ClassVar[bool] = False
     # The columns that the projector found stay what and where they are.
     keeps_columns: ClassVar[bool] = True
+    # `carry` rewrites the inner state: it then takes part in the conditional around a refresh.
+    carries_state: ClassVar[bool] = False
 
     def turn(self, new: jax.Array, old: jax.Array) -> jax.Array:
-        """Of all bases ``[projected, rank]`` of the span of `new`, the one to use after `old`."""
+        """Basis to use after `old`, of all those ``[projected, rank]`` of the span of `new`."""
         del old
         return new
 
     def check(self, inner_state: Any, treedef: Any) -> None:
         """Raises if the inner state cannot be carried. Called once, in `init`."""
 
-    def carry(self, inner_state: Any, treedef: Any, moves: list[BasisMove | None]) -> Any:
-        """The inner state in the new coordinates.
+    def carry(self, inner_state: Any, treedef: Any, changes: list[BasisChange | None]) -> Any:
+        """The inner state in the new coordinates, on a step that refreshes something.
 
         Args:
           inner_state: State of the inner transformation.
           treedef: Structure of the parameters.
-          moves: One entry per leaf; None where a leaf is not projected.
+          changes: One entry per leaf; None where a leaf is not projected.
         """
-        del treedef, moves
+        del treedef, changes
         return inner_state

@@ -1,8 +1,12 @@
-"""What counts as one leaf of a parameter or gradient tree, and its path."""
+"""One leaf of a parameter or gradient tree: what counts as one, its path, and the way back."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import functools
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,61 +34,120 @@ def is_one_leaf(node: Any) -> bool:
 
 def is_leaf(node: Any) -> bool:
     """Nodes that JAX would descend into and that are one leaf to us."""
-    return is_one_leaf(node) or is_box(node)
+    if isinstance(node, dict | list | tuple | jax.Array | None):
+        return False  # most of what there is
+    return isinstance(node, OneLeaf) or is_box(node)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """A tree taken apart once: leaves without their boxes, and the way back.
+
+    Identity of a leaf is its place in the list. Paths are for messages and rules.
+
+    Args:
+      values: The leaves, boxes taken off.
+      treedef: Structure of the tree without boxes.
+      given: The tree.
+      is_leaf: Nodes that are one leaf although JAX would descend into them.
+    """
+
+    values: list[Any]
+    treedef: Any
+    given: Any
+    is_leaf: Callable[[Any], bool] = is_leaf
+
+    @classmethod
+    def of(cls, tree: Any, is_leaf: Callable[[Any], bool] = is_leaf) -> Leaves:
+        """The leaves of `tree`.
+
+        A node whose parts a mask took away counts as an `optax.MaskedNode`: a mask made by mapping
+        over the parameters has a boolean for each part of such a node.
+        """
+        nodes, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+        if not any(map(is_leaf, nodes)):
+            return cls(nodes, treedef, tree, is_leaf)  # nothing but arrays
+        if any(map(_is_masked, nodes)):
+            nodes = [optax.MaskedNode() if _is_masked(node) else node for node in nodes]
+            nodes, treedef = jax.tree.flatten(treedef.unflatten(nodes), is_leaf=is_leaf)
+        values = [_unbox(node) if is_box(node) else node for node in nodes]
+        return cls(values, treedef, tree, is_leaf)
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """The "/"-joined path of every leaf; written out in full where two would read alike."""
+        nodes, _ = jax.tree_util.tree_flatten_with_path(self.given, is_leaf=self.is_leaf)
+        keys = [key for key, node in nodes if not _is_masked(node)]
+        paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key in keys]
+        seen = collections.Counter(paths)
+        return [
+            path if seen[path] == 1 else jax.tree_util.keystr(key)
+            for path, key in zip(paths, keys, strict=True)
+        ]
+
+    @functools.cached_property
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of every leaf."""
+        return list(map(abstract, self.values))
+
+    def tree(self, values: Sequence[Any]) -> Any:
+        """The tree without boxes, with other leaves."""
+        return self.treedef.unflatten(values)
+
+    def split(self, tree: Any) -> list[Any]:
+        """Subtrees of `tree` in the places of the leaves."""
+        return self.treedef.flatten_up_to(tree)
+
+    def boxed(self, values: Sequence[Any]) -> Any:
+        """The tree as it was given, boxes included, with other leaves."""
+        nodes, treedef = jax.tree.flatten(self.given, is_leaf=self.is_leaf)
+        if treedef == self.treedef and not any(map(is_box, nodes)):
+            return treedef.unflatten(values)
+        rest = iter(values)
+        return jax.tree.unflatten(
+            treedef,
+            [node if _is_masked(node) else _put(next(rest), node) for node in nodes],
+        )
 
 
 def flatten_leaves(tree: Any) -> tuple[list[Any], Any]:
     """Leaves with their boxes taken off, and the structure without boxes."""
-    leaves, treedef = jax.tree.flatten(without_masked(tree), is_leaf=is_leaf)
-    return [_unbox(leaf) for leaf in leaves], treedef
-
-
-def unboxed(tree: Any) -> Any:
-    """The tree without boxes."""
-    return jax.tree.map(_unbox, tree, is_leaf=is_leaf)
-
-
-def without_masked(tree: Any) -> Any:
-    """Nodes whose parts a mask took away, as one `optax.MaskedNode`, like any other leaf.
-
-    A mask made by mapping over the parameters has a boolean for each part of such a node.
-    """
-    return jax.tree.map(
-        lambda node: optax.MaskedNode() if _is_masked(node) else node, tree, is_leaf=is_leaf
-    )
-
-
-def _is_masked(node: Any) -> bool:
-    return is_one_leaf(node) and not jax.tree.leaves(node)
-
-
-def rebox(tree: Any, leaves: list[Any]) -> Any:
-    """Puts `leaves` into the structure of `tree`, inside the boxes that `tree` has."""
-    old, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
-    boxed = [
-        jax.tree.unflatten(jax.tree.structure(box, is_leaf=is_one_leaf), [leaf])
-        if is_box(box)
-        else leaf
-        for box, leaf in zip(old, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, boxed)
-
-
-def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a leaf: of the array it stands for, if it is a node."""
-    if is_one_leaf(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+    leaves = Leaves.of(tree)
+    return leaves.values, leaves.treedef
 
 
 def leaf_paths(tree: Any) -> list[str]:
     """The "/"-joined path of every leaf, in flattening order."""
-    with_path, _ = jax.tree_util.tree_flatten_with_path(without_masked(tree), is_leaf=is_leaf)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_path]
+    return Leaves.of(tree).paths
 
 
-def _unbox(leaf: Any) -> Any:
-    if not is_box(leaf):
-        return leaf
-    (value,) = jax.tree.leaves(leaf, is_leaf=is_one_leaf)
+def rebox(tree: Any, leaves: Sequence[Any]) -> Any:
+    """Puts `leaves` into the structure of `tree`, inside the boxes that `tree` has."""
+    return Leaves.of(tree).boxed(leaves)
+
+
+def unboxed(tree: Any) -> Any:
+    """The tree without boxes."""
+    return jax.tree.map(lambda x: _unbox(x) if is_box(x) else x, tree, is_leaf=is_leaf)
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a leaf: of the array it stands for, if it is a node."""
+    if isinstance(leaf, OneLeaf | jax.Array | jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, OneLeaf) and not jax.tree.leaves(node)
+
+
+def _put(value: Any, box: Any) -> Any:
+    if not is_box(box):
+        return value
+    return jax.tree.unflatten(jax.tree.structure(box, is_leaf=is_one_leaf), [value])
+
+
+def _unbox(box: Any) -> Any:
+    (value,) = jax.tree.leaves(box, is_leaf=is_one_leaf)
     return value

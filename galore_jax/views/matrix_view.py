@@ -39,19 +39,19 @@ class MatrixView:
     projected: tuple[int, ...]
     projects_input: bool
 
-    @property
+    @functools.cached_property
     def batch_shape(self) -> tuple[int, ...]:
         return self._sizes(self.batch)
 
-    @property
+    @functools.cached_property
     def num_matrices(self) -> int:
         return math.prod(self.batch_shape)
 
-    @property
+    @functools.cached_property
     def kept_size(self) -> int:
         return math.prod(self._sizes(self.kept))
 
-    @property
+    @functools.cached_property
     def projected_size(self) -> int:
         return math.prod(self._sizes(self.projected))
 
@@ -67,7 +67,7 @@ class MatrixView:
             leaf = jax.lax.dynamic_index_in_dim(leaf, position, axis, keepdims=False)
         return leaf
 
-    @property
+    @functools.cached_property
     def unbatched(self) -> MatrixView:
         """The view of one `entry`."""
         remaining = sorted(self.kept + self.projected)
@@ -98,7 +98,7 @@ class MatrixView:
             projected=tuple(axis - axes for axis in self.projected),
         )
 
-    @property
+    @functools.cached_property
     def transposed(self) -> MatrixView:
         """The view with kept and projected axes exchanged."""
         return dataclasses.replace(
@@ -117,7 +117,7 @@ class MatrixView:
         precision: jax.lax.PrecisionLike = None,
     ) -> jax.Array:
         """R = G·P, ``[*batch, kept, rank]``; accumulates in the basis dtype."""
-        batch, kept, projected, full = self._letters()
+        batch, kept, projected, full = self._letters
         product = functools.partial(
             jnp.einsum, precision=precision, preferred_element_type=basis.dtype
         )
@@ -141,7 +141,7 @@ class MatrixView:
 
     def lift(self, low_rank: jax.Array, basis: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """N·Pᵀ in the leaf's own shape and axis order."""
-        batch, kept, projected, full = self._letters()
+        batch, kept, projected, full = self._letters
         factors = [
             (f"{batch}{kept}Z", self._unflatten(low_rank, self.kept).astype(dtype)),
             (f"{batch}{projected}Z", self._unflatten(basis, self.projected).astype(dtype)),
@@ -152,18 +152,20 @@ class MatrixView:
         (left, a), (right, b) = factors
         return jnp.einsum(f"{left},{right}->{full}", a, b, preferred_element_type=dtype)
 
-    @property
+    @functools.cached_property
     def _projected_first(self) -> bool:
         return min(self.projected) < min(self.kept)
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
 
+    @functools.cached_property
     def _letters(self) -> tuple[str, str, str, str]:
-        def name(axes: tuple[int, ...] | range) -> str:
-            return "".join(string.ascii_lowercase[axis] for axis in axes)
-
-        return name(self.batch), name(self.kept), name(self.projected), name(range(len(self.shape)))
+        sides = self.batch, self.kept, self.projected, range(len(self.shape))
+        batch, kept, projected, full = (
+            "".join(string.ascii_lowercase[axis] for axis in axes) for axes in sides
+        )
+        return batch, kept, projected, full
 
     def _unflatten(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         return array.reshape(*self.batch_shape, *self._sizes(axes), array.shape[-1])

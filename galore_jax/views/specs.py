@@ -1,4 +1,4 @@
-"""One rule from the sharding of a parameter to those of its basis and its low-rank arrays."""
+"""Entries of partition specs: of axes flattened together, of axes that the mesh divides."""
 
 from __future__ import annotations
 
@@ -7,27 +7,8 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from galore_jax.views.matrix_view import MatrixView
-
 # One entry of a PartitionSpec: no mesh axis, one, or several.
 Entry = Any
-
-
-def basis_spec(view: MatrixView, spec: PartitionSpec) -> PartitionSpec:
-    """Of a basis ``[*batch, projected, rank]``."""
-    return PartitionSpec(*_batch(view, spec), flattened(view.projected, spec), None)
-
-
-def low_rank_spec(view: MatrixView, spec: PartitionSpec, *, spread: bool) -> PartitionSpec:
-    """Of a low-rank array ``[*batch, kept, rank]``.
-
-    With `spread`, mesh axes that shard the projected axis, over which such an array would be
-    replicated, shard its kept axis as well.
-    """
-    kept = flattened(view.kept, spec)
-    if spread:
-        kept = _entry(axis_names(kept) + axis_names(flattened(view.projected, spec)))
-    return PartitionSpec(*_batch(view, spec), kept, None)
 
 
 def flattened(axes: tuple[int, ...], spec: PartitionSpec) -> Entry:
@@ -35,8 +16,15 @@ def flattened(axes: tuple[int, ...], spec: PartitionSpec) -> Entry:
 
     Only then is a shard of the flattened axis one piece.
     """
+    if not axes:
+        return None
     first, *others = (entry_of(spec, axis) for axis in axes)
     return None if any(axis_names(entry) for entry in others) else first
+
+
+def joined(first: Entry, second: Entry) -> Entry:
+    """Entry over the mesh axes of both."""
+    return _entry(axis_names(first) + axis_names(second))
 
 
 def entry_of(spec: PartitionSpec, axis: int) -> Entry:
@@ -82,7 +70,3 @@ def _cut(entry: Entry, size: int, mesh_shape: dict[str, int]) -> Entry:
 
 def _entry(names: tuple[str, ...]) -> Entry:
     return names if len(names) > 1 else next(iter(names), None)
-
-
-def _batch(view: MatrixView, spec: PartitionSpec) -> list[Entry]:
-    return [entry_of(spec, axis) for axis in view.batch]

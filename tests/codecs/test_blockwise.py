@@ -1,5 +1,7 @@
 """Codecs that keep a few bits per entry, and the laws of every codec."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,16 @@ CODECS = [
     codecs.int4(),
     codecs.int4(block=5),
 ]
+KEY = np.zeros(2, np.uint32)  # none of these stores it
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=repr)
 
-encode = jax.jit(lambda codec, array: codec.encode(array), static_argnums=0)
-decode = jax.jit(lambda codec, stored, dtype: codec.decode(stored, dtype), static_argnums=(0, 2))
+encode = jax.jit(lambda codec, array: codec.encode(array, KEY), static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def decode(codec, stored, dtype, shape=None):
+    shape = jax.tree.leaves(stored)[0].shape if shape is None else shape
+    return codec.decode(stored, dtype, shape)
 
 
 def basis(*batch, size=13, rank=4):
@@ -88,11 +96,11 @@ def test_decodes_to_the_dtype_asked_for(codec, dtype):
     ids=repr,
 )
 def test_bytes(codec, bytes_):
-    stored = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((512, 16), jnp.float32))
+    stored = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((512, 16), jnp.float32), KEY)
     assert stored.codes.dtype == jnp.uint8 and stored.codes.size == 512 * 16 * bytes_
     # The blocks run down the columns.
     assert stored.scales.shape == (512 // codec.block, 16)
-    compiled = jax.jit(lambda s: codec.decode(s, jnp.float32)).lower(stored).compile()
+    compiled = jax.jit(lambda s: codec.decode(s, jnp.float32, (512, 16))).lower(stored).compile()
     expected = 512 * 16 * (bytes_ + 5 / codec.block)
     assert abs(compiled.memory_analysis().argument_size_in_bytes - expected) <= 256
 

@@ -18,12 +18,11 @@ pytestmark = pytest.mark.standard_promotion
 class Halves(Codec):
     """Rows of a basis in two arrays."""
 
-    def encode(self, array):
-        return array[..., ::2, :], array[..., 1::2, :]
+    def encode(self, basis, key):
+        return basis[..., ::2, :], basis[..., 1::2, :]
 
-    def decode(self, stored, dtype):
-        *batch, rows, rank = stored[0].shape
-        return jnp.stack(stored, axis=-2).reshape(*batch, 2 * rows, rank).astype(dtype)
+    def decode(self, stored, dtype, shape):
+        return jnp.stack(stored, axis=-2).reshape(shape).astype(dtype)
 
 
 PARAMS = {"w": np.arange(128.0, dtype=np.float32).reshape(16, 8) ** 0.5, "b": np.ones(3, "f")}

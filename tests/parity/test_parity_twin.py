@@ -162,6 +162,8 @@ def test_schedules_of_scale_and_rate():
 class _Wrong(gj.transport.Transport):
     """Keeps the moments of the first basis only in name."""
 
+    carries_state = True
+
     def carry(self, inner_state, treedef, moves):
         return jax.tree.map(lambda x: x * 0.99 if x.ndim else x, inner_state)
 

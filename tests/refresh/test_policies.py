@@ -29,6 +29,11 @@ def lens(policy, **options):
     return gj.low_rank_projection(optax.identity(), 2, refresh=policy, **(defaults | options))
 
 
+def kind(phase):
+    """Matrices of one kind, for a policy that looks at no more than their places."""
+    return refresh.Matrices(jnp.asarray(phase), ())
+
+
 def gaussian(seed=0, params=PARAMS):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
@@ -95,15 +100,14 @@ def test_due_at_the_right_counts(kind, gap):
 def test_staggered_does_the_work_of_every_in_even_shares(gap, batches):
     sizes = [int(np.prod(batch)) for batch in batches]
     total = sum(sizes)
-    places = refresh.places_of([batches[0], None, *batches[1:]])
     policy = refresh.staggered(gap)
+    memories = [policy.init(kind(phase)) for phase in refresh.phases(batches)]
     due = np.zeros((2 * gap, total), bool)
     for count in range(1, 2 * gap + 1):
-        answer, memory = policy.decide(jnp.int32(count), places, (), [])
-        assert answer[1] is None and memory == ()
-        named = [part for part in answer if part is not None]
-        assert [part.shape for part in named] == batches
-        due[count - 1] = np.concatenate([np.ravel(part) for part in named])
+        answers = [policy.decide(jnp.int32(count), memory, None) for memory in memories]
+        assert [due.shape for due, _ in answers] == batches
+        assert all(new is old for (_, new), old in zip(answers, memories, strict=True))
+        due[count - 1] = np.concatenate([np.ravel(due) for due, _ in answers])
     np.testing.assert_array_equal(due.sum(0), 2)  # once per period, like `every`
     assert due.sum(1).max() <= -(-total // gap)
 
@@ -116,10 +120,10 @@ def test_an_integer_means_every():
 
 def test_staggered_does_not_overflow():
     gap, total = 100_000, 1_000_000
-    last = refresh.places_of([(total,)])[0][-1]
+    last = kind(refresh.phases([(total,)])[0][-1])
     policy = refresh.staggered(gap)
-    assert policy.decide(jnp.int32(gap - 1), [last], (), [])[0][0]
-    assert not policy.decide(jnp.int32(gap - 2), [last], (), [])[0][0]
+    assert policy.decide(jnp.int32(gap - 1), policy.init(last), None)[0]
+    assert not policy.decide(jnp.int32(gap - 2), policy.init(last), None)[0]
 
 
 def spoil(gradients, step, name, index, value):

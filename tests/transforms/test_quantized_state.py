@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import galore_jax as gj
-from galore_jax.basis import BasisMove
+from galore_jax.basis import BasisChange
 from galore_jax.quant import PowerArray, power
 
 SHAPES = {"big": (48, 64), "small": (5,), "tall": (2, 64, 32), "w": (16, 16)}
@@ -405,7 +405,7 @@ def test_transport_leaves_the_bits_of_matrices_that_did_not_move(transport, bits
     moved = jnp.asarray([False, True, False])
     old = jnp.asarray(bases[0])
     new = jnp.where(moved[:, None, None], bases[1], old)
-    move = BasisMove(old, new, moved, jnp.zeros(3, bool))
+    move = BasisChange(old, new, moved, jnp.zeros(3, bool))
     carried = jax.jit(lambda s: transport.carry(s, jax.tree.structure(params), [move]))(state)
     assert signature(carried) == signature(state)
     for before, after in ((state.mu, carried.mu), (state.nu, carried.nu)):

@@ -11,7 +11,7 @@ from reference import numpy_galore as twin
 
 import galore_jax as gj
 from galore_jax import projectors
-from galore_jax.basis import BasisMove
+from galore_jax.basis import BasisChange
 
 SHAPE, RANK, GAP, STEPS = (10, 7), 3, 3, 11
 MOVED = jnp.asarray(True), jnp.asarray(False)  # and not for the first time
@@ -138,7 +138,7 @@ def moments_after_a_move(inner_state, transport, change, rank=4):
     """The state of a leaf `[6, rank]` after its basis moved by the rotation `change`."""
     old = np.linalg.qr(np.random.default_rng(0).normal(size=(9, rank)))[0]
     treedef = jax.tree.structure({"w": 0})
-    move = BasisMove(
+    move = BasisChange(
         jnp.asarray(old, jnp.float32), jnp.asarray(old @ change.T, jnp.float32), *MOVED
     )
     return jax.jit(lambda state: transport.carry(state, treedef, [move]))(inner_state)
@@ -180,7 +180,7 @@ def test_rotated_second_moments_are_never_negative():
 def test_a_direction_that_is_new_takes_the_mean_of_its_row():
     """A basis without overlap: m = 0, v = the row mean of v, not nearly zero."""
     both = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 8)))[0].astype(np.float32)
-    move = BasisMove(jnp.asarray(both[:, :4]), jnp.asarray(both[:, 4:]), *MOVED)
+    move = BasisChange(jnp.asarray(both[:, :4]), jnp.asarray(both[:, 4:]), *MOVED)
     state = adam_state()
     moved = gj.transport.rotate().carry(state, jax.tree.structure({"w": 0}), [move])
     np.testing.assert_allclose(moved.mu["w"], np.zeros((6, 4)), atol=1e-5)
@@ -194,7 +194,7 @@ def test_a_direction_that_is_new_takes_the_mean_of_its_row():
 def test_nothing_moves_where_no_basis_moved(transport):
     state = adam_state()
     other = jnp.asarray(np.eye(9, 4), jnp.float32)
-    move = BasisMove(other, other[::-1], jnp.asarray(False), jnp.asarray(False))
+    move = BasisChange(other, other[::-1], jnp.asarray(False), jnp.asarray(False))
     for moves in ([move], [None]):
         carried = transport.carry(state, jax.tree.structure({"w": 0}), moves)
         for ours, theirs in zip(jax.tree.leaves(carried), jax.tree.leaves(state), strict=True):

@@ -1,12 +1,12 @@
-"""Transports that leave the inner state untouched."""
+"""Transports that leave the inner state untouched: `align` and `keep`."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from galore_jax.basis import HIGHEST
 from galore_jax.transport.base import Transport
 
 
@@ -43,10 +43,10 @@ class align(Transport):
       Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
     """
 
+    needs_orthonormal = True
     keeps_columns = False
 
     def turn(self, new, old):
-        highest = jax.lax.Precision.HIGHEST
-        overlap = jnp.matmul(new.T, old.astype(new.dtype), precision=highest)
+        overlap = jnp.matmul(new.T, old.astype(new.dtype), precision=HIGHEST)
         left, _, right = jnp.linalg.svd(overlap)
-        return jnp.matmul(new, jnp.matmul(left, right, precision=highest), precision=highest)
+        return jnp.matmul(new, jnp.matmul(left, right, precision=HIGHEST), precision=HIGHEST)

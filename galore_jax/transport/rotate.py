@@ -1,4 +1,4 @@
-"""Transports that rewrite the moments, for inner states whose moments are known."""
+"""Transports that rewrite moments, for inner states whose moments are known: `rotate`, `reset`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import BasisMove
+from galore_jax.basis import HIGHEST, BasisChange
 from galore_jax.transport.base import Transport
 from galore_jax.transport.moments import (
     Moments,
@@ -20,35 +20,37 @@ from galore_jax.transport.moments import (
 )
 
 
-class _MovesMoments(Transport, abc.ABC):
+class _CarriesMoments(Transport, abc.ABC):
+    carries_state = True
+
     def check(self, inner_state, treedef):
         check_known(inner_state, treedef)
 
-    def carry(self, inner_state, treedef, moves):
+    def carry(self, inner_state, treedef, changes):
         def carry_leaf(leaf: int, moments: Moments) -> Moments:
-            move = moves[leaf]
-            if move is None:
+            change = changes[leaf]
+            if change is None:
                 return moments
-            # Steps without a refresh pay nothing.
+            # Of the steps that refresh something, only those that refresh this leaf pay.
             return jax.lax.cond(
-                jnp.any(move.moved),
-                lambda: self._carry_stored(moments, move),
+                jnp.any(change.moved),
+                lambda: self._carry_stored(moments, change),
                 lambda: moments,
             )
 
         return map_moments(inner_state, treedef, carry_leaf)
 
-    def _carry_stored(self, moments: Moments, move: BasisMove) -> Moments:
+    def _carry_stored(self, moments: Moments, change: BasisChange) -> Moments:
         wide = decoded(moments)
-        return encoded_like(_where_moved(move, self._carry(wide, move), wide), moments)
+        return encoded_like(_where_moved(change, self._carry(wide, change), wide), moments)
 
     @abc.abstractmethod
-    def _carry(self, moments: Moments, move: BasisMove) -> Moments:
+    def _carry(self, moments: Moments, change: BasisChange) -> Moments:
         """Moments of one leaf, ``[*batch, kept, rank]`` each, as if all its bases had moved."""
 
 
 @dataclasses.dataclass(frozen=True)
-class reset(_MovesMoments):
+class reset(_CarriesMoments):
     """Forgets the moments of a matrix whose basis moved.
 
     The bias-correction count is shared by all leaves and is not reset. With zeroed second moments
@@ -75,13 +77,15 @@ class reset(_MovesMoments):
         if self.second not in ("zero", "mean"):
             raise ValueError(f"`second` is 'zero' or 'mean', got {self.second!r}.")
 
-    def _carry(self, moments, move):
-        del move
+    def _carry(self, moments, change):
+        del change
 
         def forget(second: jax.Array) -> jax.Array:
             if self.second == "zero":
                 return jnp.zeros_like(second)
-            return jnp.broadcast_to(jnp.mean(second, (-2, -1), keepdims=True), second.shape)
+            finite = jnp.isfinite(second)  # one NaN would stay in the mean for ever
+            mean = jnp.mean(second, (-2, -1), keepdims=True, where=finite)
+            return jnp.broadcast_to(jnp.where(jnp.isfinite(mean), mean, 0), second.shape)
 
         return moments._replace(
             first=jax.tree.map(jnp.zeros_like, moments.first),
@@ -90,7 +94,7 @@ class reset(_MovesMoments):
 
 
 @dataclasses.dataclass(frozen=True)
-class rotate(_MovesMoments):
+class rotate(_CarriesMoments):
     """Expresses the moments in the new basis.
 
     With C = P_newᵀ·P_old (rank × rank), low-rank arrays in rows, hats for bias-corrected values
@@ -122,28 +126,29 @@ class rotate(_MovesMoments):
 
     b1: float = 0.9
     b2: float = 0.999
+    needs_orthonormal = True
 
     def __post_init__(self):
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
 
-    def _carry(self, moments, move):
-        change = _right_product(_swap(move.new), _swap(move.old))  # C, [*batch, rank, rank]
+    def _carry(self, moments, change):
+        turn = _right_product(change.new.mT, change.old.mT)  # C, [*batch, rank, rank]
         wide = _widened(moments)
-        first = {name: _right_product(m, change) for name, m in wide.first.items()}
-        second = {name: self._carry_second(v, wide, change) for name, v in wide.second.items()}
+        first = {name: _right_product(m, turn) for name, m in wide.first.items()}
+        second = {name: self._carry_second(v, wide, turn) for name, v in wide.second.items()}
         return _as_wide_as(moments, moments._replace(first=first, second=second))
 
-    def _carry_second(self, v: jax.Array, moments: Moments, change: jax.Array) -> jax.Array:
+    def _carry_second(self, v: jax.Array, moments: Moments, turn: jax.Array) -> jax.Array:
         m = next(iter(moments.first.values()), jnp.zeros_like(v))
-        squared = change * change
+        squared = turn * turn
         bias1, bias2 = (_bias(decay, moments.count, v.dtype) for decay in (self.b1, self.b2))
         m_hat = m / bias1
         variance = _right_product(v / bias2 - m_hat**2, squared)
         unseen = jnp.maximum(1 - jnp.sum(squared, axis=-1), 0)[..., None, :].astype(v.dtype)
         floor = unseen * jnp.mean(v, axis=-1, keepdims=True)
-        return bias2 * jnp.abs(variance + _right_product(m_hat, change) ** 2) + floor
+        return bias2 * jnp.abs(variance + _right_product(m_hat, turn) ** 2) + floor
 
 
 def _bias(decay: float, count: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -174,19 +179,13 @@ def _as_wide_as(likes: Moments, moments: Moments) -> Moments:
     )
 
 
-def _swap(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -2, -1)
-
-
 def _right_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x·matrixᵀ on the last axes, in x's dtype."""
-    return jnp.einsum(
-        "...kr,...sr->...ks", x, matrix.astype(x.dtype), precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.einsum("...kr,...sr->...ks", x, matrix.astype(x.dtype), precision=HIGHEST)
 
 
-def _where_moved(move: BasisMove, new: Moments, old: Moments) -> Moments:
-    moved = move.moved[..., None, None]
+def _where_moved(change: BasisChange, new: Moments, old: Moments) -> Moments:
+    moved = change.moved[..., None, None]
 
     def select(new_fields: dict[str, jax.Array], old_fields: dict[str, jax.Array]):
         return {name: jnp.where(moved, new_fields[name], old_fields[name]) for name in old_fields}

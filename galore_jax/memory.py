@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from galore_jax.memory.parts import parts, tree_bytes
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths
+from galore_jax.tables import aligned, bytes_text, shape_text
+from galore_jax.transforms.lenses import abstract_state
+from galore_jax.transforms.state_tree import state_arrays
+from galore_jax.views.leaves import Leaves, abstract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +25,9 @@ class Roles:
     Args:
       weights: Of the parameters, as they are stored.
       projectors: Stored bases of all lenses.
-      moments: What the transformations inside the lenses keep of projected leaves, in the subspace.
-      full_rank: What any transformation keeps of a leaf at full size.
-      refresh: Which bases are due, and what refresh policies remember.
+      moments: Of the transformations inside the lenses for projected leaves, in the subspace.
+      full_rank: Of any transformation for a leaf at full size.
+      refresh: Flags and counts of the bases, and what refresh policies remember.
       other: Counts, windows of `galore_jax.accumulate`, and whatever belongs to no leaf.
     """
 
@@ -70,22 +74,27 @@ class Memory(Roles):
 
     def __str__(self) -> str:
         rows = [*_by_role(self).items(), ("total", self.total)]
-        return "\n".join(f"{_title(name):<12} {_text(size):>10}" for name, size in rows)
+        return "\n".join(f"{_title(name):<12} {bytes_text(size):>10}" for name, size in rows)
 
     def by_leaf(self) -> str:
         """A table with a row for every leaf, and a column for every role that something has."""
         roles = [name for name, size in _by_role(self).items() if size]
         header = ("path", "shape", *map(_title, roles), "total")
-        named = [(leaf.path or "(of no leaf)", _shape(leaf), leaf) for leaf in self.leaves]
+        named = [
+            ("(of no leaf)", "", leaf)
+            if leaf.path is None
+            else (leaf.path, shape_text(leaf.shape), leaf)
+            for leaf in self.leaves
+        ]
         rows = [
-            (*name, *(_text(getattr(row, role)) for role in roles), _text(row.total))
+            (*name, *(bytes_text(getattr(row, role)) for role in roles), bytes_text(row.total))
             for *name, row in [*named, ("total", "", self)]
         ]
-        return "\n".join(_aligned([header, *rows]))
+        return "\n".join(aligned([header, *rows]))
 
 
 def estimate(tx: optax.GradientTransformation, params: Any) -> Memory:
-    """What training `params` with `tx` keeps between two steps. Allocates nothing.
+    """Bytes that training `params` with `tx` keeps between two steps. Allocates nothing.
 
     Gradients, activations and temporaries are not in it.
 
@@ -109,9 +118,7 @@ def estimate(tx: optax.GradientTransformation, params: Any) -> Memory:
       other               8 B
       total          121.5 MB
     """
-    leaves, treedef = flatten_leaves(params)
-    state = jax.eval_shape(tx.init, treedef.unflatten(map(abstract, leaves)))
-    return report(state, params)
+    return report(abstract_state(tx, Leaves.of(params)), params)
 
 
 def report(opt_state: Any, params: Any) -> Memory:
@@ -134,18 +141,26 @@ def report(opt_state: Any, params: Any) -> Memory:
       w 32768 2048 8192 0
       None 0 0 0 0
     """
-    leaves, _ = flatten_leaves(params)
-    sizes: collections.defaultdict[str | None, collections.Counter[str]] = collections.defaultdict(
+    leaves = Leaves.of(params)
+    sizes: collections.defaultdict[int | None, collections.Counter[str]] = collections.defaultdict(
         collections.Counter
     )
-    for part in parts(opt_state, params):
-        sizes[part.owner][part.role] += part.nbytes
+    for array in jax.tree.leaves(state_arrays(opt_state, leaves)):
+        sizes[array.owner][array.role] += array.nbytes
     rows = [
-        LeafMemory(path=path, shape=abstract(leaf).shape, weights=tree_bytes(leaf), **sizes[path])
-        for path, leaf in zip(leaf_paths(params), leaves, strict=True)
+        LeafMemory(path=path, shape=like.shape, weights=tree_bytes(leaf), **sizes[number])
+        for number, (path, like, leaf) in enumerate(
+            zip(leaves.paths, leaves.shapes, leaves.values, strict=True)
+        )
     ]
     rows.append(LeafMemory(path=None, shape=(), **sizes[None]))
     return Memory(leaves=tuple(rows), **_sum(rows))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    arrays = map(abstract, jax.tree.leaves(tree))
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
 
 
 def _by_role(memory: Roles) -> dict[str, int]:
@@ -161,22 +176,3 @@ def _sum(rows: Sequence[Roles]) -> dict[str, int]:
 
 def _title(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _shape(leaf: LeafMemory) -> str:
-    return "" if leaf.path is None else "(" + ",".join(map(str, leaf.shape)) + ")"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def _text(size: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"

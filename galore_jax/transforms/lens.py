@@ -1,0 +1,216 @@
+"""A lens on one tree: plans of its leaves, their kinds, and a state as the lens needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax.codecs import Codec
+from galore_jax.keys import matrix_keys
+from galore_jax.refresh import Matrices, phases
+from galore_jax.transforms import subspace
+from galore_jax.transforms.config import LowRankConfig, check_same_storage
+from galore_jax.transforms.state import LowRankState, RefreshState
+from galore_jax.transforms.subspace import LeafSubspace
+from galore_jax.views import LeafPlan
+from galore_jax.views.leaves import is_one_leaf
+from galore_jax.views.plan import leaf_plan
+
+# Number of the layer that a slice of stacked leaves is of.
+Layer = jax.Array | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lens:
+    """A lens on one tree: everything that is known before the numbers.
+
+    Args:
+      config: The lens.
+      plans: One plan per leaf.
+      treedef: Structure of the tree.
+    """
+
+    config: LowRankConfig
+    plans: tuple[LeafPlan, ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, config: LowRankConfig, treedef: Any, shapes: Sequence[Any]) -> Lens:
+        """The lens on a tree of such shapes; planned once."""
+        return _planned(config, treedef, tuple(shapes))
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, list[int]]:
+        """Numbers of the projected leaves by kind: one weight of several layers is one kind."""
+        projected = [i for i, plan in enumerate(self.plans) if plan.is_projected]
+        return kinds_of([(i, self.plans[i].path, self.plans[i].batch_shape) for i in projected])
+
+    def subspaces(self, state: LowRankState, layer: Layer = 0) -> list[LeafSubspace]:
+        """The subspaces of every leaf; placeholders for those that are not projected."""
+        stored, flags = self.treedef.flatten_up_to(state.projectors), state.refresh_state
+        due, refreshes = self.per_leaf(flags.due), self.per_leaf(flags.refreshes)
+        return [
+            LeafSubspace(*leaf, self.key(state.count, leaf[0], layer))
+            for leaf in zip(self.plans, stored, due, refreshes, strict=True)
+        ]
+
+    def key(self, count: jax.Array, plan: LeafPlan, layer: Layer) -> jax.Array:
+        return matrix_keys(self.config.seed, count, plan.path, plan.batch_shape, layer)
+
+    def at_state_dtype(self, leaf: int, value: Any) -> Any:
+        """A leaf at full size as the inner transformation sees it."""
+        if not self.plans[leaf].is_inexact:
+            return optax.MaskedNode()  # integers are nothing that an optimizer can average
+        value = value if is_one_leaf(value) else jnp.asarray(value)
+        return value.astype(self.low_rank_shape(leaf).dtype)
+
+    def per_leaf(self, by_kind: dict[str, jax.Array]) -> list[Any]:
+        """Flags of every leaf, ``[*batch]``, from those by kind; None where it is not projected."""
+        flags: list[Any] = [None] * len(self.plans)
+        for name, members in self.kinds.items():
+            for place, i in enumerate(members):
+                lone = len(members) == 1
+                flags[i] = by_kind[name] if lone else by_kind[name][place]
+        return flags
+
+    def first_projectors(self) -> Any:
+        """Initial bases, stored."""
+        if not self.plans and not _is_one_array(self.config.codec):
+            # For optax.tree_map_params, which calls `init` with a tree without leaves: parts of a
+            # basis are nothing that is like a parameter.
+            return jnp.zeros(())
+        return self.treedef.unflatten(
+            subspace.initial_basis(self.config, plan) if plan.is_projected else jnp.zeros(())
+            for plan in self.plans
+        )
+
+    def first_flags(self) -> RefreshState:
+        """Every matrix is due at count 0."""
+        if not self.plans:
+            return RefreshState(*[jnp.zeros(())] * 4)  # the same: flags are no parameters
+        batches = {
+            name: together([np.zeros(self.plans[i].batch_shape) for i in members])
+            for name, members in self.kinds.items()
+        }
+        return RefreshState(
+            due={name: jnp.ones(batch.shape, bool) for name, batch in batches.items()},
+            refreshes={name: jnp.zeros(batch.shape, jnp.int32) for name, batch in batches.items()},
+            overlap={name: jnp.zeros(batch.shape, jnp.float32) for name, batch in batches.items()},
+            memory=self.first_memory(),
+        )
+
+    def first_memory(self) -> dict[str, Any]:
+        """Memory of the policy before the first step, by kind."""
+        mine = [i for i, plan in enumerate(self.plans) if plan.is_projected]
+        places = dict(zip(mine, phases([self.plans[i].batch_shape for i in mine]), strict=True))
+        return {
+            name: self.config.refresh.init(
+                Matrices(
+                    jnp.asarray(together([places[i] for i in members])),
+                    tuple(self.low_rank_shape(i) for i in members),
+                )
+            )
+            for name, members in self.kinds.items()
+        }
+
+    def low_rank_shape(self, leaf: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of R, or of a leaf that is not projected, in the state dtype."""
+        plan, dtype = self.plans[leaf], self.config.state_dtype
+        if plan.view is not None:
+            return jax.ShapeDtypeStruct(plan.view.low_rank_shape(plan.rank), dtype)
+        is_complex = jnp.issubdtype(plan.dtype, jnp.complexfloating)
+        return jax.ShapeDtypeStruct(plan.shape, plan.dtype if is_complex else dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _planned(config: LowRankConfig, treedef: Any, shapes: tuple[Any, ...]) -> Lens:
+    return Lens(config, tuple(leaf_plan(config, treedef.unflatten(shapes))), treedef)
+
+
+def kinds_of(leaves: Sequence[tuple[Any, str, tuple[int, ...]]]) -> dict[str, list[Any]]:
+    """Groups leaves whose paths differ in numbers only and whose batch axes are equal.
+
+    Args:
+      leaves: For each projected leaf anything that identifies it, its path, and the shape of its
+        batch axes.
+    """
+    groups: dict[Any, list[Any]] = {}
+    for leaf, path, batch in leaves:
+        name = re.sub(r"\d+", "N", path).replace("/", ".")
+        groups.setdefault((name, batch), []).append(leaf)
+    kinds: dict[str, list[Any]] = {}
+    for (name, _), members in groups.items():
+        while name in kinds:
+            name += "'"
+        kinds[name] = members
+    return kinds
+
+
+def entered(lens: Lens, state: Any) -> LowRankState:
+    """A state as it was given, in the dtypes and with the options of this lens.
+
+    Raises:
+      TypeError: It is the state of something else.
+      ValueError: It was made with another storage, or for other parameters.
+    """
+    if not isinstance(state, LowRankState):
+        raise TypeError(
+            f"the state of a low-rank projection is a LowRankState, got {type(state).__name__}: it "
+            "is the state of another optimizer. Make one with init."
+        )
+    check_same_storage(lens.config, state.config)
+    if not lens.plans:
+        return state._replace(config=lens.config)
+    flags = state.refresh_state
+    if not isinstance(flags.due, dict) or set(flags.due) != set(lens.kinds):
+        raise ValueError(
+            "this state was made for other parameters, or by a version of galore_jax before 0.2: "
+            "its flags are not those of the matrices "
+            f"{list(lens.kinds)[:3]}{'…' if len(lens.kinds) > 3 else ''}. Make one with init, or "
+            "finish the run with the version that it was made with."
+        )
+    memory = flags.memory
+    if jax.tree.leaves(memory) or not isinstance(state.config, LowRankConfig):
+        expected = jax.eval_shape(lens.first_memory)
+        if jax.tree.structure(memory) == jax.tree.structure(expected):
+            memory = jax.tree.map(lambda x, like: x.astype(like.dtype), memory, expected)
+    if type(lens.config.refresh) is not type(getattr(state.config, "refresh", lens.config.refresh)):
+        memory = lens.first_memory()  # that of a policy of another kind
+    stored = [
+        subspace.as_stored(lens.config, plan, basis) if plan.is_projected else basis
+        for plan, basis in zip(
+            lens.plans, lens.treedef.flatten_up_to(state.projectors), strict=True
+        )
+    ]
+    return state._replace(
+        config=lens.config,
+        count=state.count.astype(jnp.int32),
+        projectors=lens.treedef.unflatten(stored),
+        refresh_state=RefreshState(
+            due={name: due.astype(bool) for name, due in flags.due.items()},
+            refreshes={name: x.astype(jnp.int32) for name, x in flags.refreshes.items()},
+            overlap={name: x.astype(jnp.float32) for name, x in flags.overlap.items()},
+            memory=memory,
+        ),
+    )
+
+
+def _is_one_array(codec: Codec) -> bool:
+    """Whether a basis is stored as an array of its own shape."""
+    basis = jax.ShapeDtypeStruct((2, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return isinstance(jax.eval_shape(codec.encode, *basis), jax.ShapeDtypeStruct)
+
+
+def together(arrays: list[Any]) -> Any:
+    """Arrays of the leaves of one kind as one, ``[leaves, ...]``; that of a lone leaf as it is."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)

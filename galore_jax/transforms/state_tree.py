@@ -1,0 +1,386 @@
+"""One walk over any optimizer state: whose every array is, what for, and along which axes.
+
+Found by structure: what has the structure of the parameters is theirs, leaf by leaf, and lenses say
+what they keep. Names mean nothing. Shardings, bytes and tables are folds over the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from galore_jax.transforms.lens import Lens
+from galore_jax.transforms.state import AccumulateState, LowRankState
+from galore_jax.views.leaves import Leaves, is_box, is_one_leaf
+from galore_jax.views.specs import flattened, joined
+
+# Roles; fields of `memory.Memory`.
+PROJECTORS, MOMENTS, FULL_RANK, REFRESH, OTHER = (
+    "projectors", "moments", "full_rank", "refresh", "other",
+)  # fmt: skip
+
+# Axes of a parameter that an axis of an array is made of, flattened together; () for none.
+Axes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Like:
+    """An array that is expected in the place of a parameter.
+
+    Args:
+      owner: Number of the parameter.
+      shape: Shape of the array.
+      dtype: Its dtype.
+      axes: For each of its axes those of the parameter that it is made of.
+      role: What it is for.
+      kept: Its kept axis, if it is of low rank.
+      spare: Axes of the parameter that it lacks, whose mesh axes the kept one may take as well.
+    """
+
+    owner: int
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[Axes, ...]
+    role: str = FULL_RANK
+    kept: int = 0
+    spare: Axes = ()
+
+    def made_of(self, axes: Iterable[int]) -> Axes:
+        """Axes of the parameter that some axes of this array are made of."""
+        return tuple(a for axis in axes for a in self.axes[axis])
+
+
+@dataclasses.dataclass(frozen=True)
+class StateArray:
+    """One array of a state.
+
+    Args:
+      owner: Number of the parameter that it belongs to; None for what belongs to no single one.
+      role: What it is for, one of the roles above.
+      axes: For each of its axes those of the parameter that it is made of.
+      name: What a person calls it: ``mu``, ``projectors.codes``.
+      shape: Its shape.
+      dtype: Its dtype.
+      kept: See `Like`.
+      spare: See `Like`.
+    """
+
+    owner: int | None
+    role: str
+    axes: tuple[Axes, ...]
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    kept: int = 0
+    spare: Axes = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def likes_of(leaves: Leaves) -> Any:
+    """The parameters themselves, as a tree of `Like`s."""
+    return leaves.tree(
+        [
+            Like(i, x.shape, x.dtype, tuple((axis,) for axis in range(len(x.shape))))
+            for i, x in enumerate(leaves.shapes)
+        ]
+    )
+
+
+def matched(likes: Any, tree: Any) -> tuple[list[Like], list[Any], Any]:
+    """The parts of a tree in the places of parameters.
+
+    What a mask keeps from it is a `MaskedNode` there, for a leaf or for a whole branch; a complex
+    leaf may be a pair of real ones.
+
+    Args:
+      likes: Tree of `Like`s.
+      tree: A tree like it, with anything in the place of a leaf.
+
+    Returns:
+      The `Like`s that are not masked, what is in their places, and the structure of both.
+
+    Raises:
+      ValueError: It is another tree.
+    """
+
+    def seen(known: Any, node: Any) -> Any:
+        if isinstance(node, optax.MaskedNode):
+            return node
+        if isinstance(known, Like):
+            is_pair = getattr(node, "_fields", None) == ("real", "imaginary")
+            if is_pair and jnp.issubdtype(known.dtype, jnp.complexfloating):
+                real = dataclasses.replace(known, dtype=jnp.finfo(known.dtype).dtype)
+                return type(node)(real, real)
+            return known
+        children, treedef = jax.tree.flatten(known, is_leaf=lambda child: child is not known)
+        return treedef.unflatten(map(seen, children, treedef.flatten_up_to(node)))
+
+    owners, treedef = jax.tree.flatten(seen(likes, tree))
+    return owners, treedef.flatten_up_to(tree), treedef
+
+
+def lens_on(state: LowRankState, likes: Any) -> tuple[Lens, list[Like]]:
+    """A lens on those of the parameters that it sees, and these."""
+    owners, _, treedef = matched(likes, state.projectors)
+    shapes = [jax.ShapeDtypeStruct(like.shape, like.dtype) for like in owners]
+    return Lens.of(state.config, treedef, shapes), owners
+
+
+def state_arrays(state: Any, leaves: Leaves) -> Any:
+    """Every array of a state.
+
+    Args:
+      state: State of any transformation, or its shapes.
+      leaves: Its parameters, or their shapes.
+
+    Returns:
+      A tree like `state` with a `StateArray` in the place of each array.
+    """
+    return _any(state, likes_of(leaves), "")
+
+
+def spec_of(array: StateArray, shardings: list[NamedSharding], *, spread: bool) -> PartitionSpec:
+    """Spec of one array of a state, also where no mesh divides it.
+
+    Args:
+      array: Which one.
+      shardings: Those of all parameters.
+      spread: See `galore_jax.state_sharding`.
+    """
+    if array.owner is None:
+        return PartitionSpec()
+    spec = shardings[array.owner].spec
+    entries = [flattened(axes, spec) for axes in array.axes]
+    if spread and array.spare:
+        entries[array.kept] = joined(entries[array.kept], flattened(array.spare, spec))
+    return PartitionSpec(*entries)
+
+
+def _any(node: Any, likes: Any, name: str) -> Any:
+    if isinstance(node, LowRankState):
+        return _lens(node, likes)
+    if isinstance(node, AccumulateState):
+        return _window(node, likes)
+    found = _like_parameters(node, likes, name)
+    if found is not None:
+        return found
+    children, treedef = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda child: child is not node
+    )
+    if len(children) == 1 and children[0][1] is node:
+        return _of_nobody(node, name, OTHER)
+    names = (_name_of(key, name) for (key,), _ in children)
+    return jax.tree.unflatten(
+        treedef, [_any(child, likes, own) for own, (_, child) in zip(names, children, strict=True)]
+    )
+
+
+def _lens(state: LowRankState, likes: Any) -> LowRankState:
+    lens, owners = lens_on(state, likes)
+    low_rank = list(map(_low_rank, lens.plans, owners))
+    nobody = _for_nobody(REFRESH)
+    by_leaf = lens.treedef.flatten_up_to
+    return state._replace(
+        count=_of_nobody(state.count, "count", OTHER),
+        projectors=lens.treedef.unflatten(
+            map(_stored, map(_basis, lens.plans, owners), by_leaf(state.projectors))
+        ),
+        refresh_state=state.refresh_state._replace(
+            due=nobody(state.refresh_state.due),
+            refreshes=nobody(state.refresh_state.refreshes),
+            overlap=nobody(state.refresh_state.overlap),
+            memory=_memory(state.refresh_state.memory, lens, low_rank),
+        ),
+        inner_state=_any(state.inner_state, lens.treedef.unflatten(low_rank), ""),
+        recovery_state=lens.treedef.unflatten(
+            map(_recovered, zip(low_rank, owners, strict=True), by_leaf(state.recovery_state))
+        )
+        if lens.plans
+        else state.recovery_state,
+    )
+
+
+def _window(window: AccumulateState, likes: Any) -> AccumulateState:
+    """A window that accumulates gradients; the optimizer inside is walked as without one."""
+    owners, _, treedef = matched(likes, window.sums)
+    sums = {like.owner: like for like in owners}
+    bases = {like.owner: _replace(like, shape=(), axes=()) for like in owners}
+    for node in jax.tree.leaves(
+        window.opt_state, is_leaf=lambda node: isinstance(node, LowRankState)
+    ):
+        if isinstance(node, LowRankState):
+            lens, own = lens_on(node, likes)
+            for plan, like in zip(lens.plans, own, strict=True):
+                sums[like.owner], bases[like.owner] = _low_rank(plan, like), _basis(plan, like)
+    ordered = [like.owner for like in owners]
+
+    def each(tree: Any, like_of: dict[int, Like], name: str) -> Any:
+        parts = zip(ordered, treedef.flatten_up_to(tree), strict=True)
+        own = [_stored(_replace(like_of[i], role=OTHER), part, name) for i, part in parts]
+        return treedef.unflatten(own)
+
+    return window._replace(
+        mini_step=_of_nobody(window.mini_step, "mini_step", OTHER),
+        sums=each(window.sums, sums, "sums"),
+        projectors=each(window.projectors, bases, "projectors"),
+        moved=_for_nobody(OTHER)(window.moved),
+        opt_state=_any(window.opt_state, likes, ""),
+    )
+
+
+_replace = dataclasses.replace
+
+
+def _low_rank(plan: Any, like: Like) -> Like:
+    """R of a leaf; the leaf itself where it is not projected."""
+    if plan.view is None:
+        return like
+    batch = tuple(like.made_of((axis,)) for axis in plan.view.batch)
+    return Like(
+        like.owner,
+        plan.view.low_rank_shape(plan.rank),
+        like.dtype,
+        (*batch, like.made_of(plan.view.kept), ()),
+        MOMENTS,
+        kept=len(batch),
+        spare=like.made_of(plan.view.projected),
+    )
+
+
+def _basis(plan: Any, like: Like) -> Like:
+    """Stored basis of a leaf; a scalar where it is not projected."""
+    if plan.view is None:
+        return Like(like.owner, (), like.dtype, (), PROJECTORS)
+    batch = tuple(like.made_of((axis,)) for axis in plan.view.batch)
+    axes = (*batch, like.made_of(plan.view.projected), ())
+    return Like(
+        like.owner, plan.view.basis_shape(plan.rank), like.dtype, axes, PROJECTORS, kept=len(batch)
+    )
+
+
+def _like_parameters(node: Any, likes: Any, name: str) -> Any | None:
+    """`node` walked leaf by leaf, if it has the structure of the parameters; else None."""
+    try:
+        owners, parts, treedef = matched(likes, node)
+    except (ValueError, TypeError):
+        return None
+    if not owners or not all(map(_stands_for_an_array, parts)):
+        return None
+    pairs = list(zip(owners, (getattr(part, "shape", ()) for part in parts), strict=True))
+    is_nameless = type(node) in (tuple, list) or parts[0] is node
+    if is_nameless and not any(_restricted(*pair) for pair in pairs):
+        return None  # a few counts, say: they look like parameters by chance
+    return treedef.unflatten(
+        _part(like, part, name) for like, part in zip(owners, parts, strict=True)
+    )
+
+
+def _stands_for_an_array(node: Any) -> bool:
+    return is_one_leaf(node) or is_box(node) or node is None or jax.tree_util.all_leaves([node])
+
+
+def _part(like: Like, node: Any, name: str) -> Any:
+    """What is in the place of one leaf: an array like it, or one with some of its axes."""
+
+    def of(part: Any) -> Any:
+        axes = _restricted(like, part.shape)
+        # The parts of a stored array have its axes.
+        return _each_array(
+            part, lambda x, field: _array(like, x, axes, ".".join(filter(None, (name, field))))
+        )
+
+    return jax.tree.map(of, node, is_leaf=is_one_leaf)
+
+
+def _stored(like: Like, node: Any, name: str = PROJECTORS) -> Any:
+    """What a codec, a recovery or a policy keeps of one leaf: batch axes lead in every part."""
+
+    def of(part: Any) -> Any:
+        axes = _restricted(like, part.shape) or like.axes[: like.kept]
+        return _each_array(
+            part, lambda x, field: _array(like, x, axes, ".".join(filter(None, (name, field))))
+        )
+
+    return jax.tree.map(of, node, is_leaf=is_one_leaf)
+
+
+def _recovered(likes: tuple[Like, Like], node: Any) -> Any:
+    """Memory of a recovery, of low rank or at full size."""
+    low_rank, full = likes
+    return jax.tree.map(
+        lambda x: _stored(full if x.shape == full.shape else low_rank, x, "recovery"), node
+    )
+
+
+def _memory(memory: Any, lens: Lens, low_rank: Sequence[Like]) -> Any:
+    """Memory of a policy: numbers per matrix, or tuples of one array like R per leaf."""
+    if not isinstance(memory, dict):
+        return _for_nobody(REFRESH)(memory)
+
+    def of_kind(node: Any, members: list[int]) -> Any:
+        likes = [low_rank[i] for i in members]
+
+        def of(part: Any) -> Any:
+            if type(part) is not tuple or [x.shape for x in part] != [x.shape for x in likes]:
+                return _for_nobody(REFRESH)(part)
+            return tuple(
+                _stored(_replace(like, role=REFRESH), x, "memory")
+                for like, x in zip(likes, part, strict=True)
+            )
+
+        return jax.tree.map(of, node, is_leaf=lambda x: type(x) is tuple)
+
+    return {name: of_kind(memory[name], members) for name, members in lens.kinds.items()}
+
+
+def _array(like: Like, x: Any, axes: tuple[Axes, ...], name: str) -> StateArray:
+    axes = (*axes, *[()] * (len(x.shape) - len(axes)))
+    low_rank = axes[: len(like.axes)] == like.axes
+    spare = like.spare if low_rank else ()
+    return StateArray(like.owner, like.role, axes, name, x.shape, x.dtype, like.kept, spare)
+
+
+def _of_nobody(x: Any, name: str, role: str) -> StateArray:
+    shape = jnp.shape(x)
+    return StateArray(None, role, ((),) * len(shape), name, shape, jnp.result_type(x))
+
+
+def _for_nobody(role: str) -> Callable[[Any], Any]:
+    return lambda tree: jax.tree.map(lambda x: _of_nobody(x, role, role), tree)
+
+
+def _each_array(node: Any, fn: Callable[[Any, str], StateArray]) -> Any:
+    """`fn` of every array of a stored leaf and the name of its field."""
+    parts, treedef = jax.tree_util.tree_flatten_with_path(node)
+    named = [(jax.tree_util.keystr(key, simple=True, separator="."), x) for key, x in parts]
+    return jax.tree.unflatten(treedef, [fn(x, field) for field, x in named])
+
+
+def _restricted(like: Like, shape: tuple[int, ...]) -> tuple[Axes, ...]:
+    """Axes of an array that has some of those of `like`, as a factored moment; () if others."""
+    axes: list[Axes] = []
+    axis = 0
+    for size in shape:
+        while axis < len(like.shape) and like.shape[axis] != size:
+            axis += 1
+        if axis == len(like.shape):
+            return ()
+        axes.append(like.axes[axis])
+        axis += 1
+    return tuple(axes)
+
+
+def _name_of(key: Any, outer: str) -> str:
+    """Name of a child of a node: of a field or a dict entry; that of the node for a position."""
+    name = getattr(key, "name", getattr(key, "key", outer))
+    return name if isinstance(name, str) else outer
