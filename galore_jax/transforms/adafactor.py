@@ -68,10 +68,11 @@ def _is_projected(rules: Rules) -> Callable[[Any], Any]:
 
     def labels(tree: Any) -> Any:
         leaves, treedef = flatten_leaves(tree)
-        # A gradient that is already projected has no shape to plan with, and needs none.
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        # A gradient that is already projected has no shape to plan with; no rule looks at the axes
+        # of an empty leaf.
+        empty = jax.ShapeDtypeStruct((0,), jnp.float32)
         done = [isinstance(leaf, ProjectedGradient) for leaf in leaves]
-        shapes = [scalar if d else leaf for d, leaf in zip(done, leaves, strict=True)]
+        shapes = [empty if d else leaf for d, leaf in zip(done, leaves, strict=True)]
         plans = leaf_plan(rules, treedef.unflatten(shapes))
         return treedef.unflatten(
             d or plan.is_projected for d, plan in zip(done, plans, strict=True)
