@@ -3,6 +3,9 @@
 An extension of Griffe, which reads the docstrings for mkdocstrings.
 """
 
+import ast
+import importlib
+import inspect
 import re
 import textwrap
 
@@ -46,6 +49,8 @@ class OptaxStyle(griffe.Extension):
     """Rewrites every docstring before it is parsed, and uncovers what hides behind a module."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        if obj.path.startswith("galore_jax.alias."):
+            _as_at_run_time(obj)
         if obj.docstring:
             obj.docstring.value = markdown(obj.docstring.value)
         _uncover(obj)
@@ -58,6 +63,27 @@ class OptaxStyle(griffe.Extension):
         """A NamedTuple has fields where other classes have arguments."""
         if cls.docstring and "NamedTuple" in map(str, cls.bases):
             cls.docstring.value = cls.docstring.value.replace("\nArgs:\n", "\nAttributes:\n")
+
+
+def _as_at_run_time(obj: griffe.Object) -> None:
+    """Takes signatures, docstrings and values from the module, whose source has only parts."""
+    computed = getattr(importlib.import_module(obj.module.path), obj.name)
+    if obj.is_attribute:
+        obj.value = repr(computed)
+    elif obj.is_function:
+        parameters = inspect.signature(computed).parameters.values()
+        obj.parameters = griffe.Parameters(*(_parameter(p, obj) for p in parameters))
+        obj.docstring.value = inspect.getdoc(computed)
+
+
+def _parameter(parameter: inspect.Parameter, function: griffe.Object) -> griffe.Parameter:
+    annotation = ast.parse(parameter.annotation, mode="eval").body
+    return griffe.Parameter(
+        parameter.name,
+        kind=griffe.ParameterKind[parameter.kind.name.lower()],
+        annotation=griffe.safe_get_annotation(annotation, parent=function),
+        default=None if parameter.default is parameter.empty else repr(parameter.default),
+    )
 
 
 def _uncover(member: griffe.Object | griffe.Alias) -> None:

@@ -164,6 +164,16 @@ def test_site_explains_every_name(site):
                 assert plain(summary) in pages[page.stem], reference
 
 
+def test_site_names_every_argument_of_an_optimizer(site):
+    page = plain((site / "api" / "aliases" / "index.html").read_text())
+    for public in filter(re.compile("(q_)?galore").match, gj.__all__):
+        shown = re.search(rf"\b{public}\(([^)]*)\)", page)[1].split(",")
+        names = [argument.partition("=")[0].strip() for argument in shown]
+        assert [n for n in names if n.isidentifier()] == list(
+            inspect.signature(getattr(gj, public)).parameters
+        )
+
+
 def test_site_draws_formulas_and_examples(site):
     assert "<math" in (site / "api" / "lens" / "index.html").read_text()
     for page in site.glob("api/*/index.html"):

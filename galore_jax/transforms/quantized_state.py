@@ -121,7 +121,9 @@ def scale_by_adam8bit(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    eps_root: float = 0.0,
     *,
+    nesterov: bool = False,
     block: int = 256,
     min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
@@ -131,6 +133,8 @@ def scale_by_adam8bit(
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment, after bias correction.
+      eps_root: Added to the second moment under the root, after bias correction.
+      nesterov: Whether the first moment looks ahead.
       block: Entries per block.
       min_size: Moments with fewer entries stay in fp32.
 
@@ -145,7 +149,7 @@ def scale_by_adam8bit(
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021
       (https://arxiv.org/abs/2110.02861).
     """
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
     return quantized_state(adam, block=block, min_size=min_size)
 
 

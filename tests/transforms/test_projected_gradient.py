@@ -8,6 +8,7 @@ import pytest
 
 import galore_jax as gj
 from galore_jax import projectors, transport
+from galore_jax.transforms.lenses import find_lenses
 from galore_jax.views import ProjectedGradient
 
 PARAMS = {
@@ -16,6 +17,7 @@ PARAMS = {
     "b": jnp.zeros((6,)),
 }
 AXES = {"stack": gj.MatrixAxes((2,), 1)}
+TREE = AXES | {"w": gj.MatrixAxes(), "b": None}
 STEPS, GAP = 6, 2
 
 
@@ -187,18 +189,20 @@ def test_a_basis_that_is_not_finite_is_not_adopted(relaxed):
     [gj.galore_adamw, gj.galore_adafactor],
     ids=lambda make: make.__name__,
 )
-def test_aliases_take_them_too(make):
-    tx = make(1e-2, 2, update_proj_gap=GAP, axes=AXES, weight_decay=0.1)
+@pytest.mark.parametrize(
+    "axes", [AXES, TREE, lambda params: TREE], ids=["dict", "tree", "callable"]
+)
+def test_aliases_take_them_too(make, axes):
+    tx = make(1e-2, 2, update_proj_gap=GAP, axes=axes, weight_decay=0.1)
     update = jax.jit(tx.update)
     full = low = tx.init(PARAMS)
 
-    def find(state):
-        is_lens = lambda node: isinstance(node, gj.LowRankState)  # noqa: E731
-        return next(s for s in jax.tree.leaves(state, is_leaf=is_lens) if is_lens(s))
-
     for gradient in stream(steps=2):
         expected, full = update(gradient, full, PARAMS)
-        updates, low = update(taken(gradient, find(full)), low, PARAMS)
+        *_, projecting = find_lenses(full)  # that of Adafactor's other leaves comes first
+        given = taken(gradient, projecting)
+        assert isinstance(given["w"], ProjectedGradient)
+        updates, low = update(given, low, PARAMS)
         agree(updates, expected, atol=1e-4)
 
 
