@@ -287,12 +287,6 @@ def _reduced() -> list[float]:
     return [row[column] for column in ("ratio", "mean at gap 200 / full") for row in (most, other)]
 
 
-def _four_bits() -> list[float]:
-    row = result("moment_accuracy", moments="galore_jax 4-bit")
-    errors = [100 * row[f"{leaf}, mean"] for leaf in ("q", "gate", "embedding")]
-    return [min(errors), max(errors)]
-
-
 def _adaptive() -> list[float]:
     often = learned_in_few_bits("galore_adamw-rank_0.25-gap_10-lr_0.01")
     seldom = learned_in_few_bits("galore_adamw-rank_0.25-refresh_adaptive-gap_10-lr_0.01")
@@ -363,7 +357,6 @@ SENTENCES = (
         r"a 7B step leaves ([\d.]+) GB of a 16 GB card .*? ([\d.]+) GB of a 12 GB card",
         lambda: [16 - _compiled(["7B (1024)"])[2][0], 12 - _compiled(["7B (1024)"])[3][0]],
     ),
-    Sentence(r"are off by (\d+) to (\d+) %", _four_bits),
     Sentence(
         r"refreshed ([\d,]+) times where .*? did ([\d,]+) times, and ended at ([\d.]+) against "
         r"([\d.]+)\.",

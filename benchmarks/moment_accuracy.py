@@ -90,19 +90,17 @@ def _optimizers() -> tuple[dict[str, tuple[Callable[[], Update], float]], dict[s
       that are left out with the reason.
     """
 
-    def ours(bits: int) -> tuple[Callable[[], Update], float]:
-        adam = gj.quantized_state(optax.scale_by_adam(), min_size=1, bits=bits)
-        return functools.partial(_optax, adam), 2 * (bits / 8 + 4 / 256)
-
     exact = functools.partial(_optax, optax.scale_by_adam())
-    found = {"fp32": (exact, 8.0), "galore_jax 8-bit": ours(8)}
+    ours = functools.partial(_optax, gj.scale_by_adam8bit(min_size=1))
+    in_8_bits = 2 * (1 + 4 / 256)
+    found = {"fp32": (exact, 8.0), "galore_jax 8-bit": (ours, in_8_bits)}
     left_out = {}
     for name, load in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao)):
         try:
-            found[name] = (load(), 2 * (1 + 4 / 256))
+            found[name] = (load(), in_8_bits)
         except ImportError:
             left_out[name] = NOT_INSTALLED
-    return found | {"galore_jax 4-bit": ours(4)}, left_out
+    return found, left_out
 
 
 def _optax(tx: optax.GradientTransformation) -> Update:

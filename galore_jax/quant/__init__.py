@@ -1,4 +1,4 @@
-"""Arrays in 8 and 4 bits: blockwise codes for weights and bases, power maps for moments."""
+"""Arrays in few bits: blockwise codes for weights and bases, power maps for moments."""
 
 from galore_jax.quant.array import QuantizedArray, dequantize, quantize
 from galore_jax.quant.differentiate import DifferentiableWeight, matmul, value_and_grad

@@ -1,4 +1,4 @@
-"""Power maps: 8 (or 4) bits over many decades, for the moments of an optimizer.
+"""Power maps: 8 bits over many decades, for the moments of an optimizer.
 
 A block is divided by its greatest magnitude, and a root of the result is rounded to a uniform grid:
 the square root for numbers of both signs, the fourth root for positive ones. So the relative error
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.quant import blocks, packing
+from galore_jax.quant import blocks
 from galore_jax.views.leaves import OneLeaf
 
 
@@ -26,19 +26,17 @@ class PowerArray(OneLeaf):
     """A floating array in blocks of codes of a power map.
 
     Invariants:
-      * signed: entry = sign(c)·(c / top)² · scale with c = code - top, ``top = 2**(bits - 1) - 1``;
-        unsigned: entry = (code / top)⁴ · scale, ``top = 2**bits - 1``;
+      * signed: entry = sign(c)·(c / 127)² · scale with c = code - 127;
+        unsigned: entry = (code / 255)⁴ · scale;
       * scale is the greatest magnitude of the block, which is stored exactly; so is zero;
-      * `codes` is uint8 with the axes of the array (two codes a byte at 4 bits, along `axis`);
-        `scales` is fp32 and has a number per block along `axis`;
+      * `codes` is uint8 of the shape of the array; `scales` is fp32 and has a number per block
+        along `axis`;
       * leading axes lead in both parts.
 
     Args:
       codes: Bytes.
       scales: fp32.
-      length: Of the block axis.
       signed: Whether entries have both signs.
-      bits: 4 or 8.
       block: Entries per block.
       axis: -1 or -2, the axis that blocks run along.
       dtype: What it decodes to.
@@ -52,18 +50,14 @@ class PowerArray(OneLeaf):
 
     codes: jax.Array
     scales: jax.Array
-    length: int = dataclasses.field(metadata={"static": True})
     signed: bool = dataclasses.field(metadata={"static": True})
-    bits: int = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = list(self.codes.shape)
-        shape[self.axis] = self.length
-        return tuple(shape)
+        return self.codes.shape
 
     @property
     def ndim(self) -> int:
@@ -74,15 +68,12 @@ class PowerArray(OneLeaf):
         return math.prod(self.shape)
 
 
-def encode(
-    x: jax.Array, *, signed: bool, bits: int = 8, block: int = 256, axis: int = -1
-) -> PowerArray:
+def encode(x: jax.Array, *, signed: bool, block: int = 256, axis: int = -1) -> PowerArray:
     """Codes of an array, its root rounded to nearest.
 
     Args:
       x: Real floating array; not negative if it is not `signed`.
       signed: Whether it has both signs.
-      bits: 8 or 4.
       block: Entries per block.
       axis: -1 or -2, the axis that blocks run along.
 
@@ -99,39 +90,39 @@ def encode(
     shrink = jnp.where(scale > 1, 2.0**-64, 1.0).astype(jnp.float32)
     inverse = jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale * shrink))
     part = (split * jnp.expand_dims(shrink, axis)) * jnp.expand_dims(inverse, axis)
-    top = _top(bits, signed)
+    top = _top(signed)
     if signed:
         codes = jnp.round(jnp.sign(part) * jnp.sqrt(jnp.abs(part)) * top) + top
     else:
         root = jnp.round(jnp.sqrt(jnp.sqrt(part)) * top)
         codes = jnp.maximum(root, (split > 0).astype(jnp.float32))
     codes = jnp.clip(codes, 0, 2 * top if signed else top).astype(jnp.uint8)
-    packed = packing.pack(blocks.join(codes, x.shape[axis], axis), bits, axis)
-    return PowerArray(packed, scale, x.shape[axis], signed, bits, block, axis, x.dtype)
+    codes = blocks.join(codes, x.shape[axis], axis)
+    return PowerArray(codes, scale, signed, block, axis, x.dtype)
 
 
 def block_axis(shape: tuple[int, ...]) -> int:
-    """Where blocks are longest: the longer one of the last two axes, the last one of equals."""
+    """The axis of the longest blocks: the longer one of the last two axes, or else the last."""
     return -2 if len(shape) > 1 and shape[-2] > shape[-1] else -1
 
 
 def encode_like(x: jax.Array, like: PowerArray) -> PowerArray:
     """`x`, stored as `like` is."""
-    return encode(x, signed=like.signed, bits=like.bits, block=like.block, axis=like.axis)
+    x = x.astype(like.dtype)
+    return encode(x, signed=like.signed, block=like.block, axis=like.axis)
 
 
 def decode(x: PowerArray) -> jax.Array:
     """The array, in its dtype."""
-    codes = packing.unpack(x.codes, x.length, x.bits, x.axis).astype(jnp.float32)
-    top = _top(x.bits, x.signed)
+    codes, top = x.codes.astype(jnp.float32), _top(x.signed)
     if x.signed:
         root = (codes - top) / top
         part = root * jnp.abs(root)
     else:
         root = codes / top
         part = (root * root) * (root * root)
-    return (part * blocks.spread(x.scales, x.length, x.block, x.axis)).astype(x.dtype)
+    return (part * blocks.spread(x.scales, x.shape[x.axis], x.block, x.axis)).astype(x.dtype)
 
 
-def _top(bits: int, signed: bool) -> int:
-    return 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+def _top(signed: bool) -> int:
+    return 127 if signed else 255

@@ -7,22 +7,15 @@ the next. A loop over the layers of each large stack leaves it no choice.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-
-from galore_jax.views.leaves import is_one_leaf
 
 # Entries of a piece: enough to keep all cores busy, few beside any model.
 PIECE = 2**21
-
-# (gradient, stored state, the rest) -> (update, stored state), of any piece of one leaf.
-Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def piece_of(shape: tuple[int, ...]) -> int | None:
@@ -38,54 +31,31 @@ def piece_of(shape: tuple[int, ...]) -> int | None:
     return next(d for d in range(min(room, shape[0]), 0, -1) if shape[0] % d == 0)
 
 
-def streamed(update: Update, gradient: Any, state: Any, rest: Any) -> tuple[Any, Any]:
-    """`update` of one leaf, piece by piece, in the place of its gradient and its state.
+def streamed(step: Callable[..., Any], gradient: Any, state: Any, *rest: Any) -> tuple[Any, Any]:
+    """Updates one large stack piece by piece, in the place of its gradient and its state.
 
     Args:
-      update: Acts on any piece of the leaf.
-      gradient: Tree with one leaf.
-      state: Stored state with that leaf alone.
-      rest: What else it reads: the same leaf of the parameters, and scalars.
+      step: ``(gradient, state, *rest) -> (update, new state)`` of any piece.
+      gradient: Tree with one array, ``[layers, ...]``.
+      state: Scalars, and arrays ``[layers, ...]``.
+      rest: Scalars and arrays ``[layers, ...]`` that are only read.
 
     Returns:
-      What ``update(gradient, state, rest)`` returns.
+      What ``step(gradient, state, *rest)`` returns, but scalars of the state stay as they were.
     """
-    (leaf,) = jax.tree.leaves(gradient)
-    length = piece_of(leaf.shape)
-    if length is None:
-        return update(gradient, state, rest)
-    cut = functools.partial(_cut, length=length)
+    ((layers, *matrix),) = (x.shape for x in jax.tree.leaves(gradient))
+    length = piece_of((layers, *matrix))
+    assert length is not None
 
     def body(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        start = i * length
-        new = update(*(cut(tree, start=start) for tree in (*carry, rest)))
-        return jax.tree.map(functools.partial(_paste, start=start), carry, new)
+        def cut(x: Any) -> Any:
+            return jax.lax.dynamic_slice_in_dim(x, i * length, length) if jnp.ndim(x) else x
 
-    zero = jnp.zeros((), jnp.int32)
-    # Scalars do not depend on arrays, and advance once, not once per piece.
-    _, scalars = update(*(cut(tree, start=zero) for tree in (gradient, state, rest)))
-    result, arrays = jax.lax.fori_loop(0, leaf.shape[0] // length, body, (gradient, state))
-    return result, jax.tree.map(lambda a, s: a if a.ndim else s, arrays, scalars)
+        def paste(x: jax.Array, new: jax.Array) -> jax.Array:
+            if not jnp.ndim(x):
+                return x
+            return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), i * length, 0)
 
+        return jax.tree.map(paste, carry, step(*jax.tree.map(cut, (*carry, *rest))))
 
-def merge(trees: list[Any]) -> Any:
-    """One tree from trees with one leaf each; scalars from the first."""
-
-    def pick(*parts: Any) -> Any:
-        return next((x for x in parts if not isinstance(x, optax.MaskedNode)), parts[0])
-
-    return jax.tree.map(
-        pick, *trees, is_leaf=lambda x: isinstance(x, optax.MaskedNode) or is_one_leaf(x)
-    )
-
-
-def _cut(tree: Any, *, start: jax.Array, length: int) -> Any:
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, start, length) if jnp.ndim(x) else x, tree
-    )
-
-
-def _paste(whole: jax.Array, part: jax.Array, *, start: jax.Array) -> jax.Array:
-    if not whole.ndim:
-        return whole
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+    return jax.lax.fori_loop(0, layers // length, body, (gradient, state))

@@ -15,23 +15,40 @@ from galore_jax.quant import power
 class _Kinds(NamedTuple):
     first: tuple[str, ...]
     second: tuple[str, ...]
+    elementwise: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.first + self.second
 
 
 _REGISTRY: dict[type, _Kinds] = {}
 
 
 def register_moment(
-    state_type: type, *, first: str | tuple[str, ...] = (), second: str | tuple[str, ...] = ()
+    state_type: type,
+    *,
+    first: str | tuple[str, ...] = (),
+    second: str | tuple[str, ...] = (),
+    elementwise: bool = False,
 ) -> None:
-    """Tells the transports which fields of a state are moments.
+    """Declares which fields of a state are moments.
 
     First moments are linear in the gradient (momentum), second moments are averages of squares of
-    its entries. optax's Adam, AMSGrad, Lion, trace, EMA and RMS states are known.
+    its entries. optax's Adam, AMSGrad, Lion, trace, EMA, RMS and RSS states are known, and all of
+    these are elementwise.
+
+    A declaration is about every transformation whose state is of this type. A transformation that
+    calls Adam's `update` and also, say, divides by a norm must not return Adam's state as its own:
+    give it a state type of its own. A second declaration replaces the first.
 
     Args:
       state_type: A NamedTuple class; its moment fields have the structure of the parameters.
       first: Names of the fields that hold first moments.
       second: Names of the fields that hold second moments.
+      elementwise: Whether each entry of the update and of the new moments depends only on the same
+        entry of the gradient, the moments and the parameters, and on scalars; never on the shape
+        or the path of its leaf. `quantized_state` then updates large stacks in pieces.
 
     Raises:
       TypeError: `state_type` is not a NamedTuple class.
@@ -46,21 +63,21 @@ def register_moment(
     """
     if not (isinstance(state_type, type) and hasattr(state_type, "_fields")):
         raise TypeError(f"register_moment takes a NamedTuple class, got {state_type!r}.")
-    kinds = _Kinds(*((n,) if isinstance(n, str) else tuple(n) for n in (first, second)))
-    for name in kinds.first + kinds.second:
+    first, second = ((n,) if isinstance(n, str) else tuple(n) for n in (first, second))
+    for name in first + second:
         if name not in state_type._fields:
             raise ValueError(f"{state_type.__name__} has no field {name!r}: {state_type._fields}.")
-    _REGISTRY[state_type] = kinds
+    _REGISTRY[state_type] = _Kinds(first, second, elementwise)
 
 
-register_moment(optax.ScaleByAdamState, first="mu", second="nu")
-register_moment(optax.ScaleByAmsgradState, first="mu", second=("nu", "nu_max"))
-register_moment(optax.ScaleByLionState, first="mu")
-register_moment(optax.TraceState, first="trace")
-register_moment(optax.EmaState, first="ema")
-register_moment(optax.ScaleByRmsState, second="nu")
-register_moment(optax.ScaleByRStdDevState, first="mu", second="nu")
-register_moment(optax.ScaleByRssState, second="sum_of_squares")
+register_moment(optax.ScaleByAdamState, first="mu", second="nu", elementwise=True)
+register_moment(optax.ScaleByAmsgradState, first="mu", second=("nu", "nu_max"), elementwise=True)
+register_moment(optax.ScaleByLionState, first="mu", elementwise=True)
+register_moment(optax.TraceState, first="trace", elementwise=True)
+register_moment(optax.EmaState, first="ema", elementwise=True)
+register_moment(optax.ScaleByRmsState, second="nu", elementwise=True)
+register_moment(optax.ScaleByRStdDevState, first="mu", second="nu", elementwise=True)
+register_moment(optax.ScaleByRssState, second="sum_of_squares", elementwise=True)
 
 
 class Moments(NamedTuple):
@@ -75,85 +92,89 @@ class Moments(NamedTuple):
     count: jax.Array | None  # type: ignore[assignment]  # optax's name for it
 
 
-def decoded(moments: Moments) -> Moments:
-    """The same moments as arrays."""
-
-    def decode(field: Any) -> Any:
-        return power.decode(field) if isinstance(field, power.PowerArray) else field
-
-    return moments._replace(
-        first={name: decode(field) for name, field in moments.first.items()},
-        second={name: decode(field) for name, field in moments.second.items()},
+def decoded(moments: Any) -> Any:
+    """The same moments, or a whole state with them, as arrays."""
+    return jax.tree.map(
+        lambda x: power.decode(x) if _is_codes(x) else x, moments, is_leaf=_is_codes
     )
 
 
-def encoded_like(moments: Moments, like: Moments) -> Moments:
-    """Moments that are arrays, each stored as in `like`."""
-
-    def encode(fields: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: power.encode_like(field, stored[name])
-            if isinstance(stored[name], power.PowerArray)
-            else field
-            for name, field in fields.items()
-        }
-
-    return moments._replace(
-        first=encode(moments.first, like.first), second=encode(moments.second, like.second)
+def encoded_like(moments: Any, like: Any) -> Any:
+    """Moments that are arrays, or a whole state with them, each stored as in `like`."""
+    return jax.tree.map(
+        lambda old, x: power.encode_like(x, old) if _is_codes(old) else x,
+        like,
+        moments,
+        is_leaf=_is_codes,
     )
-
-
-def encode_state_like(state: Any, stored: Any, treedef: Any) -> Any:
-    """A state whose moments are arrays, each stored as in `stored`, a state of the same kind."""
-    found: list[Moments] = []
-
-    def collect(leaf: int, moments: Moments) -> Moments:
-        del leaf
-        found.append(moments)
-        return moments
-
-    map_moments(stored, treedef, collect)
-    likes = iter(found)
-    return map_moments(state, treedef, lambda _, moments: encoded_like(moments, next(likes)))
 
 
 def map_moments(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
     """Applies `fn` to the moments of every leaf, in every registered state inside `state`.
 
     Args:
-      state: Any nesting of tuples, NamedTuples, lists and dicts.
+      state: Any optimizer state.
       treedef: Structure of the parameters.
       fn: Maps (leaf number, its moments) to new moments.
 
     Returns:
       The state with its moments replaced; everything else as it was.
+
+    Raises:
+      TypeError: Moments do not have the structure of the parameters.
     """
-    return _map_registered(state, lambda found: _map_leaves(found, treedef, fn))
+    if not treedef.num_leaves:
+        return state
+
+    def map_state(state: Any, kinds: _Kinds) -> Any:
+        try:
+            columns = [treedef.flatten_up_to(getattr(state, name)) for name in kinds.names]
+        except (ValueError, TypeError):
+            raise TypeError(
+                f"the moments of {type(state).__name__} do not have the structure of the "
+                "parameters, so this transport cannot carry them to a new basis. Use "
+                "transport.align(), which serves any inner transformation."
+            ) from None
+        # Not getattr: every tuple has a method of that name.
+        count = state.count if "count" in state._fields else None
+        for leaf, here in enumerate(zip(*columns, strict=True)):
+            if any(isinstance(moment, optax.MaskedNode) for moment in here):
+                continue  # optax.masked: this leaf has no state here
+            old = dict(zip(kinds.names, here, strict=True))
+            first, second = ({name: old[name] for name in names} for names in kinds[:2])
+            moments = fn(leaf, Moments(first, second, count))
+            new = moments.first | moments.second
+            for name, column in zip(kinds.names, columns, strict=True):
+                column[leaf] = new[name]
+        return state._replace(
+            **dict(zip(kinds.names, map(treedef.unflatten, columns), strict=True))
+        )
+
+    return _map_registered(state, map_state)
 
 
-def only_leaf(state: Any, treedef: Any, leaf: int) -> Any:
-    """The state with the moments of one leaf; `optax.MaskedNode`s take the places of the others."""
-
-    def restrict(found: Any) -> Any:
-        names, fields = _fields(found, treedef)
-        masked = [optax.MaskedNode()] * treedef.num_leaves
-        kept = {name: [*masked[:leaf], fields[name][leaf], *masked[leaf + 1 :]] for name in names}
-        return found._replace(**{name: treedef.unflatten(kept[name]) for name in names})
-
-    return _map_registered(state, restrict)
+def registered_states(state: Any) -> list[Any]:
+    """All registered states inside `state`."""
+    return list(filter(_is_registered, jax.tree.leaves(state, is_leaf=_is_registered)))
 
 
-def _map_registered(state: Any, fn: Callable[[Any], Any]) -> Any:
-    """Applies `fn` to every registered state inside `state`."""
-    if type(state) in _REGISTRY:
-        return fn(state)
-    if isinstance(state, dict):
-        children = [(key, _map_registered(child, fn)) for key, child in state.items()]
-        return type(state)(children)  # an OrderedDict stays one
-    if isinstance(state, tuple | list):
-        parts = [_map_registered(child, fn) for child in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    return state
+def without_moments(state: Any) -> Any:
+    """The state with a scalar in the place of every field that holds moments."""
+    return _map_registered(
+        state, lambda state, kinds: state._replace(**dict.fromkeys(kinds.names, jnp.zeros(())))
+    )
+
+
+def elementwise_fields(state: Any) -> tuple[str, ...]:
+    """Names of the moment fields of a state that was declared elementwise; none of any other.
+
+    The state of a chain never is: whatever else is in the chain may couple entries and keep no
+    state, as a clip by global norm does.
+    """
+    kinds = _REGISTRY.get(type(state))
+    if kinds is None or not kinds.elementwise or _other_arrays(state):
+        return ()
+    return kinds.names
 
 
 def check_known(state: Any, treedef: Any) -> None:
@@ -162,12 +183,8 @@ def check_known(state: Any, treedef: Any) -> None:
     Raises:
       TypeError: There is an array, other than a scalar, whose meaning nobody registered.
     """
-
-    def blank(leaf: int, moments: Moments) -> Moments:
-        del leaf
-        return jax.tree.map(lambda _: jnp.zeros(()), decoded(moments))
-
-    unknown = [x for x in jax.tree.leaves(map_moments(state, treedef, blank)) if jnp.ndim(x) > 0]
+    map_moments(state, treedef, lambda leaf, moments: moments)
+    unknown = _other_arrays(state)
     if unknown:
         raise TypeError(
             "the inner transformation keeps arrays whose meaning is unknown (shapes "
@@ -177,36 +194,22 @@ def check_known(state: Any, treedef: Any) -> None:
         )
 
 
-def _fields(state: Any, treedef: Any) -> tuple[list[str], dict[str, list[Any]]]:
-    """Names of the moment fields of a registered state, and their leaves."""
-    kinds = _REGISTRY[type(state)]
-    names = [*kinds.first, *kinds.second]
-    try:
-        return names, {name: treedef.flatten_up_to(getattr(state, name)) for name in names}
-    except (ValueError, TypeError):
-        raise TypeError(
-            f"the moments of {type(state).__name__} do not have the structure of the parameters, "
-            "so this transport cannot carry them to a new basis. Use transport.align(), which "
-            "serves any inner transformation."
-        ) from None
+def _other_arrays(state: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(without_moments(state)) if jnp.ndim(x)]
 
 
-def _map_leaves(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments]) -> Any:
-    kinds = _REGISTRY[type(state)]
-    _, fields = _fields(state, treedef)
-    for leaf in range(treedef.num_leaves):
-        here = {name: leaves[leaf] for name, leaves in fields.items()}
-        if any(isinstance(moment, optax.MaskedNode) for moment in here.values()):
-            continue  # optax.masked: this leaf has no state here
-        moments = fn(
-            leaf,
-            Moments(
-                {name: here[name] for name in kinds.first},
-                {name: here[name] for name in kinds.second},
-                # Not getattr: every tuple has a method of that name.
-                state.count if "count" in state._fields else None,
-            ),
-        )
-        for name, moment in {**moments.first, **moments.second}.items():
-            fields[name][leaf] = moment
-    return state._replace(**{name: treedef.unflatten(leaves) for name, leaves in fields.items()})
+def _map_registered(state: Any, fn: Callable[[Any, _Kinds], Any]) -> Any:
+    """Applies `fn` to every registered state inside `state`, with what is declared about it."""
+    return jax.tree.map(
+        lambda node: fn(node, _REGISTRY[type(node)]) if _is_registered(node) else node,
+        state,
+        is_leaf=_is_registered,
+    )
+
+
+def _is_registered(node: Any) -> bool:
+    return type(node) in _REGISTRY
+
+
+def _is_codes(node: Any) -> bool:
+    return isinstance(node, power.PowerArray)

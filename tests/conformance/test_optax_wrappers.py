@@ -257,8 +257,9 @@ def test_map_params_without_rest_trees(case):
         bases = jax.tree.leaves(lens_state.projectors)
         assert bases and set(bases) == {"parameter"}
         inner = jax.tree.leaves(lens_state.inner_state)
-        if case.name != "galore_sgd":
-            assert "parameter" in inner
+        # There are no moments, or they may be codes, which are not like parameters.
+        others_only = case.name in ("galore_sgd", "q_galore") or "8bit" in case.name
+        assert ("parameter" in inner) != others_only
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Large leaves are updated in pieces: the same numbers, without a decoded copy of the state."""
+"""Large stacks are updated in pieces: the same numbers, without a decoded copy of the state."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,72 +10,161 @@ import pytest
 
 import galore_jax as gj
 from galore_jax.transforms import streaming
-from galore_jax.transforms.elementwise import entrywise
+from galore_jax.transport import moments
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 
-ENTRYWISE = {
-    "adam": optax.scale_by_adam(),
-    "amsgrad": optax.scale_by_amsgrad(),
-    "lion": optax.scale_by_lion(),
-    "momentum": optax.trace(0.9, nesterov=True),
-    "rms": optax.scale_by_rms(),
-    "adamw": optax.adamw(1e-2, weight_decay=0.1),
-    "clipped": optax.chain(optax.clip(0.1), optax.ema(0.9)),
-    "masked": optax.masked(optax.scale_by_adam(), {"a": True, "b": False, "c": True, "d": False}),
-}
-COUPLED = {
-    "global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9)),
-    "norm of a leaf": optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()),
-    "noise": optax.chain(optax.trace(0.9), optax.add_noise(0.1, 0.5, 0)),
-}
+SHAPES = {"a": (6, 24, 40), "b": (96, 20), "c": (7,), "d": (), "e": (10, 4, 8, 8)}
+STACKS = {"a", "e"}
+MASK = {"a": True, "b": False, "c": True, "d": False, "e": False}
+NORM = optax.clip_by_global_norm(1.0)
 
 
-def tree(seed):
+class Speed(NamedTuple):
+    """The state of a transformation that nobody knows, until it is registered."""
+
+    speed: optax.Updates
+
+
+def decayed_momentum():
+    """Reads parameters and an extra argument."""
+
+    def update(updates, state, params, *, rate=1.0):
+        speed = jax.tree.map(lambda s, g, p: 0.9 * s + g + 0.1 * p, state.speed, updates, params)
+        return jax.tree.map(lambda s: s * rate, speed), Speed(speed)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: Speed(jax.tree.map(jnp.zeros_like, params)), update
+    )
+
+
+@pytest.fixture(params=[True, False], ids=["declared", "undeclared"])
+def declared(request, monkeypatch):
+    monkeypatch.setattr(moments, "_REGISTRY", dict(moments._REGISTRY))
+    gj.transport.register_moment(Speed, first="speed", elementwise=request.param)
+    return request.param
+
+
+def tree(seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    shapes = {"a": (6, 24, 40), "b": (96, 20), "c": (7,), "d": ()}
-    return {
-        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()
-    }
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()}
 
 
-def run(inner, monkeypatch, piece, dtype=jnp.float32):
+def quantized(inner):
+    return gj.quantized_state(inner, min_size=64, block=32)
+
+
+def run(make, monkeypatch, piece, params=None, dtype=jnp.float32, **extra_args):
+    """Updates and states of some steps, and the program of one."""
     monkeypatch.setattr(streaming, "PIECE", piece)
-    tx = gj.quantized_state(inner, min_size=64, block=32)
-    params = jax.tree.map(lambda x: x.astype(dtype), tree(0))
-    state = tx.init(params)
-    # A new function: the cache knows nothing of PIECE.
-    update = jax.jit(lambda *args: tx.update(*args))
+    tx = optax.with_extra_args_support(make(quantized))
+    params = tree(0, dtype) if params is None else params
+    state, results = tx.init(params), []
+    update = jax.jit(lambda *args: tx.update(*args, **extra_args))
     for step in range(3):
-        gradients = jax.tree.map(lambda x: x.astype(dtype), tree(step + 1))
-        updates, state = update(gradients, state, params)
-    return updates, state, str(jax.make_jaxpr(tx.update)(gradients, state, params))
+        updates, state = update(tree(step + 1, dtype), state, params)
+        results.append((updates, state))
+    return results, str(jax.make_jaxpr(update)(tree(1, dtype), state, params))
 
 
-@pytest.mark.parametrize("inner", ENTRYWISE.values(), ids=ENTRYWISE)
-def test_pieces_give_the_same_numbers(inner, monkeypatch):
-    updates, state, _ = run(inner, monkeypatch, 2**30)
-    in_pieces, piecewise_state, program = run(inner, monkeypatch, 1000)
-    assert "while" in program or "scan" in program
-    assert jax.tree.structure(state) == jax.tree.structure(piecewise_state)
-    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(in_pieces), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(piecewise_state), strict=True):
+def assert_same_in_pieces(make, monkeypatch, in_pieces, **options):
+    whole, program = run(make, monkeypatch, 2**30, **options)
+    assert "while" not in program and "scan" not in program
+    cut, program = run(make, monkeypatch, 1000, **options)
+    assert ("while" in program or "scan" in program) == in_pieces
+    assert jax.tree.structure(whole) == jax.tree.structure(cut)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
         if a.dtype == jnp.uint8:  # a last digit may tip a code
             assert np.max(np.abs(np.asarray(a, int) - np.asarray(b, int))) <= 1
+        elif a.dtype == jnp.bfloat16:  # or a last digit
+            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), rtol=1e-2)
         else:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("inner", COUPLED.values(), ids=COUPLED)
-def test_what_looks_at_a_whole_leaf_is_not_cut(inner, monkeypatch):
-    program = run(inner, monkeypatch, 1000)[2]
-    assert "while" not in program and "scan" not in program
+# Every transformation of optax's with a state that is declared elementwise, and wrappers of ours.
+IN_PIECES = {
+    "adam": lambda q: q(optax.scale_by_adam()),
+    "nadam": lambda q: q(optax.scale_by_adam(nesterov=True, mu_dtype=jnp.bfloat16)),
+    "adamax": lambda q: q(optax.scale_by_adamax()),
+    "yogi": lambda q: q(optax.scale_by_yogi()),
+    "radam": lambda q: q(optax.scale_by_radam()),
+    "adopt": lambda q: q(optax.contrib.scale_by_adopt()),
+    "amsgrad": lambda q: q(optax.scale_by_amsgrad()),
+    "lion": lambda q: q(optax.scale_by_lion()),
+    "momentum": lambda q: q(optax.trace(0.9, nesterov=True)),
+    "ema": lambda q: q(optax.ema(0.9)),
+    "rms": lambda q: q(optax.scale_by_rms()),
+    "rss": lambda q: q(optax.scale_by_rss()),
+    "in a chain": lambda q: optax.chain(NORM, q(optax.trace(0.9)), optax.scale_by_trust_ratio()),
+    "in a mask": lambda q: optax.masked(q(optax.scale_by_adam()), MASK),
+    "in a partition": lambda q: optax.partition(
+        {True: q(optax.scale_by_adam()), False: q(optax.trace(0.9))}, MASK
+    ),
+    "injected": lambda q: optax.inject_hyperparams(lambda b1: q(optax.scale_by_adam(b1)))(b1=0.8),
+}
+# A state does not tell what these do to a leaf, or to all of them.
+WHOLE = {
+    "global norm": lambda q: q(optax.chain(NORM, optax.scale_by_adam())),
+    "block rms": lambda q: q(optax.chain(optax.clip_by_block_rms(1e-2), optax.trace(0.9))),
+    "norm of the update": lambda q: q(
+        optax.chain(optax.trace(0.9), optax.normalize_by_update_norm())
+    ),
+    "trust ratio": lambda q: q(optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio())),
+    "mean": lambda q: q(optax.chain(optax.trace(0.9), optax.centralize())),
+    "noise": lambda q: q(optax.chain(optax.trace(0.9), optax.add_noise(0.1, 0.5, 0))),
+    "mask inside": lambda q: q(optax.masked(optax.chain(NORM, optax.scale_by_adam()), MASK)),
+    "named chain": lambda q: q(optax.named_chain(("norm", NORM), ("adam", optax.scale_by_adam()))),
+    "a guard": lambda q: q(optax.apply_if_finite(optax.scale_by_adam(), 3)),
+}
 
 
-def test_bf16_gradients_keep_their_dtype_in_pieces(monkeypatch):
-    updates = run(optax.scale_by_adam(), monkeypatch, 1000, jnp.bfloat16)[0]
-    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+@pytest.mark.parametrize("name", [*IN_PIECES, *WHOLE])
+def test_the_numbers_are_those_of_the_whole(name, monkeypatch):
+    """Two programs, and one only for what is updated as a whole: it has no loop."""
+    make = (IN_PIECES | WHOLE)[name]
+    assert_same_in_pieces(make, monkeypatch, name in IN_PIECES)
+
+
+def test_of_bf16_gradients_too(monkeypatch):
+    assert_same_in_pieces(IN_PIECES["adam"], monkeypatch, True, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("few_bits", [False, True], ids=["fp32", "INT8"])
+def test_pieces_read_their_parameters_and_scalars(few_bits, declared, monkeypatch):
+    params = gj.quant.quantize_params(tree(0), targets="a|e", block=16) if few_bits else tree(0)
+    for rate, scalar in ((jnp.float32(3.0), True), (2.0, True), (jnp.ones((1,)), False)):
+        assert_same_in_pieces(
+            lambda q: q(decayed_momentum()),
+            monkeypatch,
+            declared and scalar,
+            params=params,
+            rate=rate,
+        )
+
+
+def test_calls_outside_of_jit_compile_once(monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 1000)
+    tx, params, events = quantized(optax.scale_by_adam()), tree(0), []
+
+    def listen(event, duration, **_):
+        del duration
+        events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        state = tx.init(params)
+        _, state = tx.update(tree(1), state, params)
+        assert any("compile" in event for event in events)
+        events.clear()
+        for step in range(2, 5):
+            _, state = tx.update(tree(step), state, params)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not events and int(state.count) == 4
 
 
 def test_temporaries_stay_below_one_decoded_moment():
@@ -102,75 +193,6 @@ def test_temporaries_stay_below_one_decoded_moment():
 )
 def test_pieces(shape, piece):
     assert streaming.piece_of(shape) == piece
-
-
-def program(fn, *shapes, outputs=(0,)):
-    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    owners = [i if shape else None for i, shape in enumerate(shapes)]
-    return entrywise(fn, args, owners, outputs)
-
-
-@pytest.mark.parametrize(
-    "fn, expected",
-    [
-        (lambda x, s: x * s + jnp.sqrt(jnp.abs(x)), True),
-        (lambda x, s: jnp.where(x > s, jax.nn.relu(x), -x), True),
-        (lambda x, s: x + jnp.full(x.shape, 2.0) * s, True),
-        (lambda x, s: jnp.full(x.shape, 2.0) * s, True),
-        (lambda x, s: x / x.size, True),  # the size of the whole, not of a piece
-        (lambda x, s: x / jnp.linalg.norm(x), False),
-        (lambda x, s: x[::-1], False),
-        (lambda x, s: jnp.cumsum(x, 0), False),
-        (lambda x, s: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), False),
-        (lambda x, s: x + np.arange(12, dtype=np.float32).reshape(3, 4), False),
-        (lambda x, s: x * jax.random.normal(jax.random.key(0), x.shape), False),
-    ],
-)
-def test_entrywise(fn, expected):
-    found = program(fn, (3, 4), ())
-    assert (found is not None) == expected
-    if found is not None:
-        x, s = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), jnp.float32(0.3)
-        (piece,) = found.run(0, (1, 4), [x[1:2], s])
-        np.testing.assert_allclose(piece, fn(x, s)[1:2], rtol=1e-6)
-
-
-def test_leaves_that_meet_are_not_entrywise():
-    assert program(lambda x, y: x + y, (3, 4), (3, 4)) is None
-    assert program(lambda x, y: y, (3, 4), (3, 4)) is None  # the wrong leaf
-    assert program(lambda x, y: (2 * x, -y), (3, 4), (3, 4), outputs=(0, 1)) is not None
-
-
-def test_a_scalar_that_depends_on_an_array_is_not_entrywise():
-    assert program(jnp.sum, (3,), outputs=(None,)) is None
-
-
-def test_what_depends_on_the_size_or_the_place_of_a_leaf_stays_what_it_was(monkeypatch):
-    def scale(updates, params):
-        leaves, treedef = jax.tree.flatten(updates)
-        return treedef.unflatten(i * x / np.sqrt(x.size) for i, x in enumerate(leaves, 1))
-
-    inner = optax.chain(optax.trace(0.9), optax.stateless(scale))
-    updates, _, _ = run(inner, monkeypatch, 2**30)
-    in_pieces, _, program = run(inner, monkeypatch, 1000)
-    assert "while" in program or "scan" in program
-    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(in_pieces), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_scalar_extra_arguments_do_not_stop_it(monkeypatch):
-    monkeypatch.setattr(streaming, "PIECE", 1000)
-
-    def update(updates, state, params=None, *, value):
-        return jax.tree.map(lambda x: x * value, updates), state
-
-    scaled = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    tx = gj.quantized_state(optax.chain(optax.trace(0.9), scaled), min_size=64, block=32)
-    state = tx.init(tree(0))
-    jaxpr = str(jax.make_jaxpr(lambda g, s, v: tx.update(g, s, value=v))(tree(1), state, 3.0))
-    assert "while" in jaxpr or "scan" in jaxpr
-    updates, _ = tx.update(tree(1), state, value=3.0)
-    np.testing.assert_allclose(updates["b"], 3 * tree(1)["b"], rtol=1e-6)
 
 
 def test_a_sharded_stack_is_not_gathered():
