@@ -11,6 +11,7 @@ import galore_jax
 ROOT = Path(galore_jax.__file__).parent
 # From the bottom; families within a layer do not know each other.
 LAYERS = [
+    {"rules"},
     {"keys", "basis", "mapped", "meshes", "views"},
     {"quant"},
     {"projectors", "refresh", "transport", "codecs"},
