@@ -135,8 +135,8 @@ def _needs_axes(leaves: list[_Reading], rules: ViewRules) -> str:
         lines.append("or, for all of them, axes=gj.MatrixAxes(-2, -1)")
     return "\n".join(
         [
-            f"{len(leaves)} leaves with more than two axes stay at full size: say which axes form the "
-            "matrices, inputs first. If this reads them correctly, write",
+            f"{len(leaves)} of the leaves have more than two axes and stay at full size. Say which "
+            "axes form the matrices, inputs first; if this guess is right,",
             *lines,
         ]
     )
