@@ -156,7 +156,12 @@ CALLABLES = [
 def test_callables():
     """Each is equal to itself made anew, and to no other; copied and pickled as well."""
     first, second = ([Rule.of("rank", make()) for make in CALLABLES] for _ in range(2))
-    for again in (second, copy.deepcopy(first), copy.copy(first), pickle.loads(pickle.dumps(first))):
+    for again in (
+        second,
+        copy.deepcopy(first),
+        copy.copy(first),
+        pickle.loads(pickle.dumps(first)),
+    ):
         assert first == again and list(map(hash, first)) == list(map(hash, again))
     assert len(set(first)) == len(first)
     assert Rule.of("rank", first[0]) is first[0]

@@ -44,25 +44,26 @@ def check_projection(
     """
     if not any(len(plan.shape) > 1 for plan in plans):
         return
-    paths, targets = [plan.path for plan in plans], patterns(rules.targets)
-    keys = [key for key, _ in rules.axes.rules] if isinstance(rules.axes, AxesByPath) else []
-    unmatched = [] if part else list(_unmatched("targets", targets, paths))
+    targets, axes = patterns(rules.targets), rules.axes
+    keys = [key for key, _ in axes.rules] if isinstance(axes, AxesByPath) else []
+    unmatched = [] if part else list(_unmatched("targets", targets, plans))
+    notes = unmatched + ([] if part else list(_unmatched("axes", keys, plans)))
     is_error = 0 < len(targets) == len(unmatched)
-    notes = unmatched + ([] if part else list(_unmatched("axes", keys, paths)))
-    readings = list(_readings(plans, rules))
-    needing = [leaf for leaf in readings if leaf.fits]
+
+    unread = [plan for plan in plans if plan.reason == NEEDS_AXES and plan.is_matrix]
+    readings = [_reading(plan, rules) for plan in unread]
+    needing = [leaf for leaf in readings if 0 < leaf.rank < leaf.limit]
+    limits = [leaf.limit for leaf in readings if 1 < leaf.limit <= leaf.rank]
+    limits += [plan.limit for plan in plans if plan.limit > 1]
     if any(plan.is_projected for plan in plans):
         needing = [leaf for leaf in needing if leaf.entries >= _ENTRIES]
-    else:
-        limits = [plan.limit for plan in plans if plan.limit > 1]
-        limits += [leaf.view.projected_size for leaf in readings if not leaf.fits]
-        if limits or needing:
-            is_error = not part
-            notes.append(f"none of the {len(limits) + len(needing)} matrices is projected.")
-        if limits:
-            notes.append(_rank_reaches(rules, limits, len(needing)))
-    if needing:
-        notes.append(_needs_axes(needing, rules))
+        notes += [_needs_axes(needing, rules)] if needing else []
+    elif limits or needing:
+        is_error = not part
+        why = [_rank_reaches(rules, limits, bool(needing))] if limits else []
+        why += [_needs_axes(needing, rules)] if needing else []
+        count = len(limits) + len(needing)
+        notes.append(f"none of the {count} matrices is projected: {' '.join(why)}")
     if is_error:
         raise ValueError("\n".join(notes))
     new = [note for note in notes if said is None or note not in said]
@@ -73,7 +74,14 @@ def check_projection(
 
 
 class _Reading(NamedTuple):
-    """A leaf with more than two axes, and a guess which of them form its matrix."""
+    """A leaf with more than two axes, read as matrices as is most likely.
+
+    Args:
+      plan: Its plan.
+      axes: Axes that may form its matrix.
+      view: The view that they give.
+      rank: Its rank then; 0 if the rank callable excludes it.
+    """
 
     plan: LeafPlan
     axes: MatrixAxes
@@ -81,79 +89,73 @@ class _Reading(NamedTuple):
     rank: int
 
     @property
-    def fits(self) -> bool:
-        return self.rank < self.view.projected_size
+    def limit(self) -> int:
+        return self.view.projected_size
 
     @property
     def entries(self) -> int:
         return self.view.kept_size * self.view.projected_size
 
 
-def _readings(plans: list[LeafPlan], rules: ViewRules) -> Iterator[_Reading]:
-    """Readings of the leaves that need `axes`, unless the rank callable excludes them."""
-    for plan in plans:
-        if plan.reason != NEEDS_AXES or not plan.is_matrix:
-            continue
-        asked = asked_rank(rules.rank, plan.path, jax.ShapeDtypeStruct(plan.shape, plan.dtype))
-        if asked is None:
-            continue
-        readings = []
-        for axes in dict.fromkeys((_guess(plan), _STACK, _INTO_HEADS, _FROM_HEADS)):
-            view = matrix_view(plan.shape, axes, rules.side)
-            readings.append(_Reading(plan, axes, view, effective_rank(asked, view)))
-        likely = [reading for reading in readings if reading.fits]
-        yield likely[0] if likely else max(readings, key=lambda r: r.view.projected_size)
+def _reading(plan: LeafPlan, rules: ViewRules) -> _Reading:
+    """The first reading that is projected; or that with the longest projected dimension."""
+    asked = asked_rank(rules.rank, plan.path, jax.ShapeDtypeStruct(plan.shape, plan.dtype))
+    readings = []
+    for axes in (_guess(plan), _STACK, _INTO_HEADS, _FROM_HEADS):
+        view = matrix_view(plan.shape, axes, rules.side)
+        rank = 0 if asked is None else effective_rank(asked, view)
+        readings.append(_Reading(plan, axes, view, rank))
+    longest = max(readings, key=lambda leaf: leaf.limit)
+    return next((leaf for leaf in readings if leaf.rank < leaf.limit), longest)
 
 
 def _guess(plan: LeafPlan) -> MatrixAxes:
+    """The axes of a projection into or out of heads, by name or sizes; else those of a stack."""
     stacked = re.search(r"(^|/)(\w*layers|\w*blocks|h)/(?!\d)", plan.path) is not None
     first, second, third = plan.shape[-3:]
     name = r"(^|[/_.])({})(_proj)?([/.](kernel|weight|w|value))*$"
     if len(plan.shape) - stacked > 2:
-        into, out_of = name.format("q|k|v|query|key|value"), name.format("o|out|wo")
-        if re.search(into, plan.path) or first == second * third:
+        if re.search(name.format("[qkv]|query|key|value"), plan.path) or first == second * third:
             return _INTO_HEADS
-        if re.search(out_of, plan.path) or first * second == third:
+        if re.search(name.format("o|out|wo"), plan.path) or first * second == third:
             return _FROM_HEADS
     return _STACK
 
 
 def _needs_axes(leaves: list[_Reading], rules: ViewRules) -> str:
-    """The line to write, with a guess for each kind of leaf."""
+    """The lines to write, one for each kind of leaf."""
     entries: dict[str, str] = {}
     for plan, axes, view, _ in leaves:
-        path = re.sub(r"(?<![^\W_])\d+", r"\\d+", re.escape(plan.path))
-        key = f'r"{path}"' if "\\" in path else f'"{path}"'
-        entry = f"    {key}: gj.MatrixAxes({axes.reduction_axis}, {axes.output_axis}),"
-        sizes = (view.projected_size, view.kept_size)
-        rows, columns = sizes if view.projects_input else sizes[::-1]
-        entries[entry] = f"{entry}  # {plan.shape}: {view.num_matrices} x [{rows}, {columns}]"
-    shown = list(entries.values())
-    more = [f"    # and {len(shown) - _LINES} more"] if len(shown) > _LINES else []
-    lines = ["axes={", *shown[:_LINES], *more, "}"]
-    if rules.axes is None and all(leaf.axes == _STACK for leaf in leaves):
-        lines.append("or, for all of them, axes=gj.MatrixAxes(-2, -1)")
+        pattern = re.sub(r"(?<![^\W_])\d+", r"\\d+", re.escape(plan.path))
+        raw = "r" if "\\" in pattern else ""
+        line = f'    {raw}"{pattern}": gj.MatrixAxes({axes.reduction_axis}, {axes.output_axis}),'
+        sizes = (view.projected_size, view.kept_size)[:: 1 if view.projects_input else -1]
+        entries[line] = f"{line}  # {plan.shape}: {view.num_matrices} x {list(sizes)}"
+    lines, more = list(entries.values())[:_LINES], len(entries) - _LINES
+    lines += [f"    # and {more} more"] * (more > 0)
     return "\n".join(
         [
             f"{len(leaves)} of the leaves have more than two axes and stay at full size. Say which "
-            "axes form the matrices, inputs first; if this guess is right,",
-            *lines,
+            "axes form the matrices, inputs first; if this guess is right, write",
+            *("axes={", *lines, "}"),
+            *["or axes=gj.MatrixAxes(-2, -1) for all of them"]
+            * (rules.axes is None and all(leaf.axes == _STACK for leaf in leaves)),
         ]
     )
 
 
-def _rank_reaches(rules: ViewRules, limits: list[int], others: int) -> str:
+def _rank_reaches(rules: ViewRules, limits: list[int], is_part: bool) -> str:
     rank = "the rank callable" if callable(rules.rank) else f"rank {rules.rank}"
-    which = f"{len(limits)} of them" if others else "all of them"
-    advice = f"rank < {max(limits)}, e.g. rank={max(1, max(limits) // 4)} or rank=0.25"
+    which, most = f"{len(limits)} of them" if is_part else "all of them", max(limits)
     return (
-        f"{rank} reaches the projected dimension of {which} (the largest is {max(limits)}). "
-        f"Choose {advice}."
+        f"{rank} reaches the projected dimension of {which} (the largest is {most}). "
+        f"Choose rank < {most}, e.g. rank={max(1, most // 4)} or rank=0.25."
     )
 
 
-def _unmatched(option: str, given: Iterable[str], paths: list[str]) -> Iterator[str]:
+def _unmatched(option: str, given: Iterable[str], plans: list[LeafPlan]) -> Iterator[str]:
     """Patterns that match no leaf."""
+    paths = [plan.path for plan in plans]
     for pattern in given:
         if pattern not in paths and not any(re.search(pattern, path) for path in paths):
             (closest,) = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)
@@ -161,7 +163,7 @@ def _unmatched(option: str, given: Iterable[str], paths: list[str]) -> Iterator[
 
 
 def _level_of_the_user() -> int:
-    """The `stacklevel`, for a warning of the caller, of the code that uses the optimizer."""
+    """The `stacklevel` of the code that uses the optimizer, for a warning of the caller."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +19,8 @@ _NORM = r"[a-z]*norms?|normali[sz]ation|ln|bn|gn"
 _NO_PRODUCT = r"(?!\w+_(proj|projection|project|dense|linear|layers?|mlp)$)"
 _EXEMPT = (
     # kind, pattern, whose component: any; the leaf's or its module's; any, outside of all blocks
-    (
-        "output head",
-        r"(\w+_)?(lm_head|logits)|logits_\w+|output_head|embed_out|unembed\w*|w_u",
-        "any",
-    ),
+    ("output head", r"(\w+_)?(lm_head|logits)|logits_\w+|output_head|embed_out", "any"),
+    ("output head", r"unembed\w*|w_u", "any"),
     ("embedding", rf"(\w+_)?({_EMB})|{_NO_PRODUCT}({_EMB})_\w+|w_e|w_pos", "own"),
     ("output head", r"head|out|output|output_(layer|projection)|proj_out", "outside"),
     ("output head", r"classifier|score|predictions", "outside"),
@@ -38,6 +36,7 @@ _BLOCK = (
 )
 # No stack has more layers: of two longer axes, neither counts them.
 _MOST_LAYERS = 512
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def all_matrices(path: str, leaf: Any) -> bool:
@@ -63,6 +62,7 @@ def default_targets(path: str, leaf: Any) -> bool:
     return exemption(path, abstract(leaf).shape) is None
 
 
+@functools.lru_cache(maxsize=1 << 14)  # asked anew for every leaf at every step outside `jax.jit`
 def exemption(path: str, shape: tuple[int, ...]) -> str | None:
     """The reason for which a leaf stays at full size by default.
 
@@ -95,11 +95,8 @@ def exemption(path: str, shape: tuple[int, ...]) -> str | None:
       >>> exemption("layers/PreNorm_0/fn/to_qkv/kernel", (512, 1536))
     """
     parts = re.findall(r"[\w-]+", path)
-    named = [("", ""), ("", "")] + [
-        (part, "_".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)).lower())
-        for part in parts
-        if not part.isdigit() and part not in ("value", "raw_value")
-    ]
+    names = [part for part in parts if not part.isdigit() and part not in ("value", "raw_value")]
+    named = [(name, "_".join(_WORD.findall(name)).lower()) for name in ("", "", *names)]
     for kind, pattern, whose in _EXEMPT:
         for name, words in named[-2:] if whose == "own" else named:
             if re.fullmatch(pattern, words) and not (whose == "outside" and _in_block(parts, name)):
@@ -117,7 +114,7 @@ def _in_block(parts: list[str], name: str) -> bool:
     """Whether other components of the path number or name a block."""
     at = parts.index(name)
     numbered = any(re.fullmatch(r"\d+|\w+_\d+", part) for part in parts[:at])
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", " ".join(parts[:at] + parts[at + 1 :]))
+    words = _WORD.findall(" ".join(parts[:at] + parts[at + 1 :]))
     return numbered or any(re.fullmatch(_BLOCK, word.lower()) for word in words)
 
 

@@ -140,7 +140,9 @@ class Module(eqx.Module):
 def test_a_tree_that_can_be_called_is_a_tree(query, out):
     params = Module(**PARAMS["attention"])
     rule = axes_rule(Module(query, out))
-    assert rule == axes_rule(Module(query, out)) and hash(rule) == hash(axes_rule(Module(query, out)))
+    assert rule == axes_rule(Module(query, out)) and hash(rule) == hash(
+        axes_rule(Module(query, out))
+    )
     chosen = [name for name, axes in (("query", query), ("out", out)) if axes is not None]
     assert sorted(sizes(Module(query, out), params)) == sorted(chosen)
 
