@@ -68,7 +68,7 @@ def recursive(value):
 def unassigned(value):
     function = lambda path, leaf: later  # noqa: E731
     if value is None:
-        later = None  # noqa: F841
+        later = None
     return function
 
 
@@ -156,12 +156,8 @@ CALLABLES = [
 def test_callables():
     """Each is equal to itself made anew, and to no other; copied and pickled as well."""
     first, second = ([Rule.of("rank", make()) for make in CALLABLES] for _ in range(2))
-    for again in (
-        second,
-        copy.deepcopy(first),
-        copy.copy(first),
-        pickle.loads(pickle.dumps(first)),
-    ):
+    copies = (copy.deepcopy(first), list(map(copy.copy, first)))
+    for again in (second, *copies, pickle.loads(pickle.dumps(first))):
         assert first == again and list(map(hash, first)) == list(map(hash, again))
     assert len(set(first)) == len(first)
     assert Rule.of("rank", first[0]) is first[0]
@@ -176,7 +172,7 @@ def test_a_rule_is_called_like_its_callable():
 
 def test_a_callable_that_was_dropped():
     rule = pickle.loads(pickle.dumps(Rule.of("rank", closure(8))))
-    with pytest.raises(ValueError, match="`rank`.*<lambda>.*`update`.*regex"):
+    with pytest.raises(ValueError, match=r"`rank`.*<lambda>.*`update`.*regex"):
         rule("w", None)
 
 

@@ -69,8 +69,9 @@ def exemption(path: str, shape: tuple[int, ...]) -> str | None:
     ===============  ==============================================================================
     stays            because of
     ===============  ==============================================================================
-    output head      `lm_head`, `logits`, `unembed`, `output_head` anywhere in the path; `head`,
-                     `output`, `out`, `classifier`, `score`, `predictions` outside of blocks
+    output head      `lm_head`, `logits`, `unembed` or `output_head` anywhere in the path; `head`,
+                     `output`, `out`, `proj_out`, `classifier`, `score` or `predictions` outside of
+                     blocks
     embedding        a name that begins or ends with `embed`, `embedding`, `embedder`, `emb`, `wte`
                      or `wpe`, of the leaf or of its module; `shared` outside of blocks
     norm or bias     a leaf called `bias`, `scale` or like a norm, or the `weight` of a norm, unless
