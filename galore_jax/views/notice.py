@@ -130,7 +130,7 @@ def _needs_axes(leaves: list[_Reading], rules: ViewRules) -> str:
         raw = "r" if "\\" in pattern else ""
         line = f'    {raw}"{pattern}": gj.MatrixAxes({axes.reduction_axis}, {axes.output_axis}),'
         sizes = (view.projected_size, view.kept_size)[:: 1 if view.projects_input else -1]
-        entries[line] = f"{line}  # {plan.shape}: {view.num_matrices} x {list(sizes)}"
+        entries[line] = f"{line}  # {plan.shape} as {view.num_matrices} x {list(sizes)}"
     lines, more = list(entries.values())[:_LINES], len(entries) - _LINES
     lines += [f"    # and {more} more"] * (more > 0)
     return "\n".join(

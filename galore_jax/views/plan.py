@@ -21,7 +21,13 @@ from galore_jax.views.axes import (
     axes_per_leaf,
     axes_rule,
 )
-from galore_jax.views.leaves import abstract, flatten_leaves, is_one_leaf, leaf_paths
+from galore_jax.views.leaves import (
+    abstract,
+    flatten_leaves,
+    is_one_leaf,
+    leaf_paths,
+    without_masked,
+)
 from galore_jax.views.matrix_view import MatrixView, Side, matrix_view
 from galore_jax.views.targets import Targets, all_matrices, exemption, is_target
 
@@ -118,7 +124,7 @@ def leaf_plan(config: ViewRules, params: Any) -> list[LeafPlan]:
     if not leaves:
         return []  # optax.tree.map_params calls `init` with such a tree
     paths = leaf_paths(params)
-    requests = _axes_requests(config.axes, params, paths)
+    requests = _axes_requests(config.axes, without_masked(params), paths)
     return [
         _plan_leaf(config, path, abstract(leaf), request)
         for path, leaf, request in zip(paths, leaves, requests, strict=True)

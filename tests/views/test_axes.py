@@ -154,6 +154,13 @@ def test_a_callable_gets_shapes():
         assert set(sizes(rule)) == {"mlp/down"}
 
 
+def test_a_callable_gets_one_shape_for_a_quantized_leaf_and_none_for_a_masked_one():
+    params = gj.quant.quantize_params({"a": jnp.ones((8, 512)), "b": jnp.ones((8, 512))})
+    params["b"] = jax.tree.map(lambda _: optax.MaskedNode(), params["b"])
+    axes = lambda params: jax.tree.map(lambda leaf: gj.MatrixAxes(1, 0), params)  # noqa: E731
+    assert sizes(axes, params) == {"a": ((), 512, 8)}
+
+
 def test_leaves_with_equal_paths():
     """Position says which leaf is which."""
     params = {"a/b": jnp.zeros((16, 24)), "a": {"b": jnp.zeros((2, 8, 12))}}

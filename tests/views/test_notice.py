@@ -44,7 +44,7 @@ ERRORS = {
     "callable": ((PARAMS, {"rank": lambda path, leaf: 64}), ["rank callable reaches", "64"]),
     "stack": (
         (STACK, {}),
-        ["none of the 1 matrices", "(12, 64, 256): 12 x [64, 256]",
+        ["none of the 1 matrices", "(12, 64, 256) as 12 x [64, 256]",
          '"blocks/up": gj.MatrixAxes(-2, -1)', "axes=gj.MatrixAxes(-2, -1)"],
     ),
     "stack, and a rank too large": ((STACK, {"rank": 256}), ["rank 256 reaches", "256"]),
@@ -75,9 +75,9 @@ WARNINGS = {
     "heads": (
         (HEADS, {}),
         ["2 of the leaves", r'r"layers/\d+/attn/query/kernel": gj.MatrixAxes(-3, (-2, -1))',
-         "(64, 4, 32): 1 x [64, 128]"],
+         "(64, 4, 32) as 1 x [64, 128]"],
     ),
-    "convolution": ((CONV, {}), ["(3, 3, 32, 64): 9 x [32, 64]", "gj.MatrixAxes(-2, -1)"]),
+    "convolution": ((CONV, {}), ["(3, 3, 32, 64) as 9 x [32, 64]", "gj.MatrixAxes(-2, -1)"]),
     "heads in a stack": (
         ({"up": zeros(64, 256), "layers": {"out": zeros(12, 4, 32, 64)}}, {}),
         ['"layers/out": gj.MatrixAxes((-3, -2), -1)', "12 x [128, 64]"],
