@@ -38,6 +38,7 @@ CONSTRUCTION = {
     "rank string": (TypeError, {"rank": "8"}, ["`rank`", "'8'"]),
     "rank none": (TypeError, {"rank": None}, ["`rank`", "None"]),
     "rank bool": (TypeError, {"rank": True}, ["`rank`", "True"]),
+    "rank NumPy bool": (TypeError, {"rank": np.bool(True)}, ["`rank`", "True"]),
     "rank array": (TypeError, {"rank": jnp.int32(3)}, ["`rank`", "STATIC_ARGS"]),
     "side": (ValueError, {"side": "left"}, ["'left'", "'short'", "'long'", "'input'", "'output'"]),
     "gap zero": (ValueError, {"refresh": 0}, ["gap", "0"]),
@@ -56,6 +57,8 @@ CONSTRUCTION = {
     "axes": (TypeError, {"axes": {"kernel": {"deep": 3}}}, ["`axes`", "3", "MatrixAxes"]),
     "targets": (TypeError, {"targets": 3}, ["`targets`", "3"]),
     "targets regex": (ValueError, {"targets": "("}, ["`targets`", "regex", "'('"]),
+    "one of the targets": (ValueError, {"targets": ["w", "("]}, ["`targets`", "regex", "'('"]),
+    "axes regex": (ValueError, {"axes": {"(": gj.MatrixAxes()}}, ["`axes`", "regex", "'('"]),
 }
 
 
@@ -152,6 +155,12 @@ INIT = {
         {"rank": lambda path, leaf: "x"},
         PARAMS,
         [KERNEL, "returned 'x'"],
+    ),
+    "rank callable that returns another": (
+        TypeError,
+        {"rank": lambda path, leaf: lambda path, leaf: 2},
+        PARAMS,
+        [KERNEL, "returned <function"],
     ),
     "integer leaf": (
         ValueError,

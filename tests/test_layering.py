@@ -11,11 +11,13 @@ import galore_jax
 ROOT = Path(galore_jax.__file__).parent
 # From the bottom; families within a layer do not know each other.
 LAYERS = [
-    {"keys", "basis", "mapped", "meshes", "signatures", "views"},
+    {"checks", "rules", "serialization", "signatures", "tables"},
+    {"keys", "basis", "mapped", "meshes", "views"},
     {"quant"},
-    {"projectors", "refresh", "transport", "codecs"},
+    {"codecs"},
+    {"projectors", "recovery", "refresh", "transport"},
     {"transforms"},
-    {"alias", "describe", "backward", "layerwise", "sharding", "memory", "diagnostics"},
+    {"alias", "describe", "backward", "layerwise", "memory", "metrics", "sharding"},
     {"__init__"},
 ]
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from galore_jax.keys import leaf_key, rounding_noise
 from galore_jax.meshes import compiler_chooses
 from galore_jax.quant import affine, blocks, packing
+from galore_jax.serialization import register
 from galore_jax.views.leaves import OneLeaf
 
 
@@ -103,6 +104,13 @@ class QuantizedArray(OneLeaf):
             f"QuantizedArray(shape={shape}, bits={self.bits}, "
             f"block={self.block}, dtype={jnp.dtype(self.dtype).name})"
         )
+
+
+register(
+    QuantizedArray,
+    lambda x: {name: getattr(x, name) for name in ("codes", "scales", "zeros")},
+    lambda x, parts: dataclasses.replace(x, **parts),
+)
 
 
 def quantize(

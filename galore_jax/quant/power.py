@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.quant import blocks
+from galore_jax.serialization import register
 from galore_jax.views.leaves import OneLeaf
 
 
@@ -66,6 +67,13 @@ class PowerArray(OneLeaf):
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+register(
+    PowerArray,
+    lambda x: {name: getattr(x, name) for name in ("codes", "scales")},
+    lambda x, parts: dataclasses.replace(x, **parts),
+)
 
 
 def encode(x: jax.Array, *, signed: bool, block: int = 256, axis: int = -1) -> PowerArray:

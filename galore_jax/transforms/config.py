@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax import serialization
 from galore_jax.checks import check_floating
 from galore_jax.codecs import Codec
 from galore_jax.mapped import AxisName, check_axis_name
@@ -17,8 +18,8 @@ from galore_jax.refresh import RefreshPolicy, as_policy
 from galore_jax.transport import Transport, align
 from galore_jax.views.axes import AxesRule, axes_rule
 from galore_jax.views.matrix_view import Side, check_side
-from galore_jax.views.plan import RankLike, check_rank
-from galore_jax.views.targets import Targets, check_targets
+from galore_jax.views.plan import RankLike, rank_rule
+from galore_jax.views.targets import Targets, targets_rule
 
 # What decides the shapes and the meaning of stored arrays: a state made with other values cannot
 # go on. Everything else (gap, transport, projector, axis_name, seed) may change between runs.
@@ -48,6 +49,10 @@ class LowRankConfig:
     seed: int
 
 
+# Flax keeps the config of the state that it restores into.
+serialization.register(LowRankConfig, lambda config: {}, lambda config, parts: config)
+
+
 def low_rank_config(
     rank: RankLike,
     *,
@@ -64,9 +69,7 @@ def low_rank_config(
     seed: int | None,
 ) -> LowRankConfig:
     """The defaults filled in, and everything checked that can be checked without parameters."""
-    check_rank(rank)
     check_side(side)
-    check_targets(targets)
     projector = _instance("projector", projector, Projector, default=randomized_svd())
     transport = _instance("transport", transport, Transport, default=align())
     recovery = _instance("recovery", recovery, Recovery, default=drop())
@@ -87,10 +90,10 @@ def low_rank_config(
             "static_args=galore_jax.STATIC_ARGS."
         )
     return LowRankConfig(
-        rank=rank,
+        rank=rank_rule(rank),
         side=side,
         axes=axes_rule(axes),
-        targets=targets,
+        targets=targets_rule(targets),
         projector=projector,
         refresh=policy,
         transport=transport,

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import mapped
+from galore_jax.checks import is_quiet
 from galore_jax.codecs import Codec
 from galore_jax.mapped import AxisName
 from galore_jax.meshes import sharded_alike
 from galore_jax.projectors import Projector
 from galore_jax.recovery import Leaving, Recovery
 from galore_jax.refresh import RefreshPolicy
+from galore_jax.serialization import tell_flax
 from galore_jax.transforms import bases
 from galore_jax.transforms.bases import Bases
 from galore_jax.transforms.config import LowRankConfig, low_rank_config
@@ -23,8 +25,9 @@ from galore_jax.transforms.projected import full_shapes, updates_like
 from galore_jax.transforms.state import LowRankState
 from galore_jax.transport import Transport
 from galore_jax.views import LeafPlan, ProjectedGradient
-from galore_jax.views.leaves import Leaves
+from galore_jax.views.leaves import Leaves, has_masks
 from galore_jax.views.matrix_view import Side
+from galore_jax.views.notice import check_projection
 from galore_jax.views.plan import RankLike
 from galore_jax.views.targets import Targets
 
@@ -127,10 +130,14 @@ def low_rank_projection(
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"`inner` must be a gradient transformation, got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
+    said: set[str] = set()  # warnings of this transformation, each of them once
 
     def init_fn(params: optax.Params) -> LowRankState:
         leaves = Leaves.of(params)
         lens = Lens.of(config, leaves.treedef, leaves.shapes)
+        if not is_quiet():
+            check_projection(list(lens.plans), config, part=has_masks(params), said=said)
+        tell_flax()
         proxies = leaves.tree(
             [lens.at_state_dtype(i, _zeros(lens, i, leaf)) for i, leaf in enumerate(leaves.values)]
         )

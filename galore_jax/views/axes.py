@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 
+from galore_jax.rules import Rule
 from galore_jax.views.leaves import leaf_paths
+from galore_jax.views.targets import check_regex
 
 Axes = int | tuple[int, ...]
 
@@ -54,17 +56,14 @@ def as_tuple(axes: Axes) -> tuple[int, ...]:
 
 
 def _as_axes(axes: Any) -> Axes:
-    try:
-        if not isinstance(axes, tuple | list):
-            return operator.index(axes)
-        normalised = tuple(operator.index(axis) for axis in axes)
-    except TypeError as error:
-        raise TypeError(
-            f"MatrixAxes takes integers or tuples of integers, got {axes!r}."
-        ) from error
-    if not normalised:
+    several = isinstance(axes, tuple | list)
+    given = tuple(axes) if several else (axes,)
+    if any(isinstance(axis, bool) or not hasattr(axis, "__index__") for axis in given):
+        raise TypeError(f"MatrixAxes takes integers or tuples of integers, got {axes!r}.")
+    if not given:
         raise ValueError("MatrixAxes needs at least one axis on each side, got an empty tuple.")
-    return normalised
+    normalised = tuple(map(operator.index, given))
+    return normalised if several else normalised[0]
 
 
 def is_axes(node: Any) -> bool:
@@ -110,13 +109,16 @@ def axes_rule(axes: Any) -> AxesRule:
         return None
     if is_axes(axes):
         return _as_matrix_axes(axes)
-    if callable(axes):
-        return axes
     if isinstance(axes, Mapping) and all(
         isinstance(key, str) and _is_axes_or_none(value) for key, value in axes.items()
     ):
+        for key in axes:
+            check_regex("axes", key)
         return AxesByPath(tuple((key, _as_matrix_axes(value)) for key, value in axes.items()))
     leaves, treedef = jax.tree.flatten(axes, is_leaf=_is_axes_or_none)
+    # A tree may be callable, like a module of Equinox.
+    if callable(axes) and not (leaves and all(map(_is_axes_or_none, leaves))):
+        return Rule.of("axes", axes)
     return AxesTree(treedef, tuple(_as_matrix_axes(leaf) for leaf in leaves))
 
 

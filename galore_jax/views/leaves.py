@@ -131,6 +131,12 @@ def unboxed(tree: Any) -> Any:
     return jax.tree.map(lambda x: _unbox(x) if is_box(x) else x, tree, is_leaf=is_leaf)
 
 
+def has_masks(tree: Any) -> bool:
+    """Whether something was masked away: the tree is a part of another one."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return any(isinstance(node, optax.MaskedNode) for node in nodes)
+
+
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a leaf: of the array it stands for, if it is a node."""
     if isinstance(leaf, OneLeaf | jax.Array | jax.ShapeDtypeStruct):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from galore_jax.rules import Rule
 from galore_jax.views.axes import (
     AxesByPath,
     AxesRule,
@@ -18,11 +21,13 @@ from galore_jax.views.axes import (
     axes_per_leaf,
     axes_rule,
 )
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths
+from galore_jax.views.leaves import Leaves
 from galore_jax.views.matrix_view import MatrixView, Side, matrix_view
-from galore_jax.views.targets import Targets, all_matrices, is_target
+from galore_jax.views.targets import Targets, all_matrices, exemption, is_target
 
 RankLike = int | float | Callable[[str, Any], int | float | None]
+
+NEEDS_AXES = "more than two axes: needs `axes`"
 
 
 class ViewRules(Protocol):
@@ -59,6 +64,8 @@ class LeafPlan:
       view: How it is seen as matrices; None if it is not projected.
       rank: Effective rank; 0 if it is not projected.
       reason: One phrase saying why it is projected, or why not.
+      is_matrix: Whether it could be projected: `targets` take it, and two axes are longer than one.
+      limit: Projected dimension that the rank reaches; 0 if it is not that which excludes it.
     """
 
     path: str
@@ -67,6 +74,8 @@ class LeafPlan:
     view: MatrixView | None
     rank: int
     reason: str
+    is_matrix: bool = False
+    limit: int = 0
 
     @property
     def is_projected(self) -> bool:
@@ -105,14 +114,13 @@ def leaf_plan(config: ViewRules, params: Any) -> list[LeafPlan]:
       >>> [(leaf.path, leaf.rank) for leaf in gj.views.leaf_plan(config, params)]
       [('b', 0), ('w', 8)]
     """
-    leaves, _ = flatten_leaves(params)
-    if not leaves:
+    leaves = Leaves.of(params)
+    if not leaves.values:
         return []  # optax.tree.map_params calls `init` with such a tree
-    paths = leaf_paths(params)
-    requests = _axes_requests(config.axes, params, paths)
+    requests = _axes_requests(config.axes, leaves.tree(leaves.shapes), leaves.paths)
     return [
-        _plan_leaf(config, path, abstract(leaf), leaf, request)
-        for path, leaf, request in zip(paths, leaves, requests, strict=True)
+        _plan_leaf(config, *leaf)
+        for leaf in zip(leaves.paths, leaves.shapes, requests, strict=True)
     ]
 
 
@@ -150,76 +158,99 @@ def _by_path(rule: AxesByPath, path: str) -> _Request:
 
 
 def _plan_leaf(
-    config: ViewRules, path: str, like: jax.ShapeDtypeStruct, leaf: Any, request: _Request
+    config: ViewRules, path: str, like: jax.ShapeDtypeStruct, request: _Request
 ) -> LeafPlan:
     shape, dtype = like.shape, like.dtype
-
-    def full_rank(reason: str) -> LeafPlan:
-        return LeafPlan(path, shape, dtype, None, 0, reason)
-
     axes, targets = request.axes, config.targets
+    is_real = jnp.issubdtype(dtype, jnp.floating)
+    is_matrix = is_real and sum(size > 1 for size in shape) > 1
+
+    def full_size(reason: str, is_matrix: bool = False, limit: int = 0) -> LeafPlan:
+        return LeafPlan(path, shape, dtype, None, 0, reason, is_matrix, limit)
+
     if 0 in shape:
-        return full_rank("empty")
+        return full_size("empty")
     if axes is None:
-        return full_rank("axes say None")
+        return full_size("axes say None", is_matrix and is_target(targets, path, like))
     if len(shape) < 2 and not request.explicit:
-        return full_rank("fewer than two axes")
-    if not (request.explicit and targets is None) and not is_target(targets, path, leaf):
-        return full_rank("embedding, head, norm or bias" if targets is None else "not in targets")
-    if not jnp.issubdtype(dtype, jnp.floating):
+        return full_size("fewer than two axes")
+    if targets is None:
+        exempt = None if request.explicit else exemption(path, shape)
+    else:
+        exempt = None if is_target(targets, path, like) else "not in targets"
+    if exempt is not None:
+        return full_size(exempt)
+    if not is_real:
         if request.explicit or targets not in (None, all_matrices):
             raise ValueError(
                 f"leaf {path!r} has dtype {jnp.dtype(dtype).name}: only real floating-point leaves "
                 "can be projected. Leave it out of `targets` and `axes`."
             )
-        return full_rank("not a real floating-point leaf")
+        return full_size("not a real floating-point leaf")
     if request.default and len(shape) > 2:
-        return full_rank("more than two axes: needs `axes`")
+        return full_size(NEEDS_AXES, is_matrix)
     try:
         view = matrix_view(shape, axes, config.side)
     except ValueError as error:
         raise ValueError(f"leaf {path!r}: {error}") from error
-    rank = _effective_rank(config.rank, path, leaf, view)
-    if rank is None:
-        return full_rank("the rank callable says None")
-    if rank >= view.projected_size:
-        return full_rank(f"rank {rank} reaches the projected dimension")
-    return LeafPlan(path, shape, dtype, view, rank, "projected")
+    asked = asked_rank(config.rank, path, like)
+    if asked is None:
+        return full_size("the rank callable says None", is_matrix)
+    rank, limit = effective_rank(asked, view), view.projected_size
+    if rank >= limit:
+        reason = f"rank {asked} reaches the projected dimension {limit}"
+        return full_size(reason, limit > 1, limit)
+    return LeafPlan(path, shape, dtype, view, rank, "projected", True)
 
 
-def check_rank(rank: Any) -> None:
-    """Raises unless `rank` is a positive int, a fraction in (0, 1], or a callable."""
-    if callable(rank):
-        return
+def rank_rule(rank: Any) -> int | float | Rule:
+    """The `rank` argument, checked, as something static: hashable and comparable.
+
+    Raises:
+      TypeError: It is neither a Python or NumPy number nor a callable.
+      ValueError: It is not positive, or a fraction above one.
+    """
+    return Rule.of("rank", rank) if callable(rank) else _number(rank)
+
+
+check_rank = rank_rule
+
+
+def _number(rank: Any) -> int | float:
     if isinstance(rank, jax.Array):
         raise TypeError(
             "`rank` is a JAX array, but it fixes shapes and must be a plain Python number. Under "
             "optax.inject_hyperparams pass static_args=galore_jax.STATIC_ARGS."
         )
-    if isinstance(rank, bool) or not (isinstance(rank, float) or hasattr(rank, "__index__")):
+    is_float = isinstance(rank, float)
+    if isinstance(rank, bool | np.bool) or not (is_float or hasattr(rank, "__index__")):
         raise TypeError(
             f"`rank` must be an int, a float fraction or a callable(path, leaf), got {rank!r}."
         )
-    if isinstance(rank, float) and not 0 < rank <= 1:
+    if is_float and not 0 < rank <= 1:
         raise ValueError(
             f"a float `rank` is a fraction of the projected dimension, in (0, 1]; got {rank}."
         )
     if rank <= 0:
         raise ValueError(f"`rank` must be positive, got {rank}.")
+    return float(rank) if is_float else operator.index(rank)
 
 
-def _effective_rank(rank: RankLike, path: str, leaf: Any, view: MatrixView) -> int | None:
-    if callable(rank):
-        chosen = rank(path, leaf)
-        if chosen is None:
-            return None
-        try:
-            check_rank(chosen)
-        except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"leaf {path!r}: the rank callable returned {chosen!r}. {error}"
-            ) from error
-        return _effective_rank(chosen, path, leaf, view)
-    if isinstance(rank, float):
-        rank = max(1, round(rank * view.projected_size))
-    return min(int(rank), view.kept_size, view.projected_size)
+def asked_rank(rank: RankLike, path: str, like: jax.ShapeDtypeStruct) -> int | float | None:
+    """The rank that is asked for one leaf: a number, a fraction, or None for no projection."""
+    if not callable(rank):
+        return rank
+    chosen = rank(path, like)
+    try:
+        return None if chosen is None else _number(chosen)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"leaf {path!r}: the rank callable returned {chosen!r}. {error}"
+        ) from error
+
+
+def effective_rank(asked: int | float, view: MatrixView) -> int:
+    """The columns of a basis, for the rank that is asked for."""
+    if isinstance(asked, float):
+        asked = max(1, round(asked * view.projected_size))
+    return min(int(asked), view.kept_size, view.projected_size)

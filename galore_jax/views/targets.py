@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-Targets = str | Callable[[str, Any], bool] | None
+from galore_jax.rules import Rule
+from galore_jax.views.leaves import abstract
 
-# Each alternative must match a whole path component: `embed`, `pos_embed`, `Embed_0`, `ln_f`, ...
-_EMBEDDINGS = r"(\w+_)?(embed|embeds|embedding|embeddings|embedder|wte|wpe)(_\w+)?"
-_OUTPUT_HEAD = r"lm_head|unembed\w*|output_head|logits\w*"
-_NORMS_AND_BIASES = r"\w*norm\w*|ln|ln_?\w{1,5}|scale|(\w+_)?bias"
-_EXCLUDED = re.compile(
-    rf"(^|/)({_EMBEDDINGS}|{_OUTPUT_HEAD}|{_NORMS_AND_BIASES})(/|$)", re.IGNORECASE
+Targets = str | Sequence[str] | Callable[[str, Any], bool] | None
+
+# Patterns match a whole component of a path in lower-case words: `LMHead_0` reads "lm_head".
+_EMB = r"[a-z]*(emb|embs|embed|embeds|embedding|embeddings|embedder|embedders)|wte|wpe"
+_NORM = r"[a-z]*norms?|normali[sz]ation|ln|bn|gn"
+# `embed_tokens` looks up rows, `embed_proj` and `emb_layers` multiply with a matrix.
+_NO_PRODUCT = r"(?!\w+_(proj|projection|project|dense|linear|layers?|mlp)$)"
+_EXEMPT = (
+    # kind, pattern, whose component: any; the leaf's or its module's; any, outside of all blocks
+    ("output head", r"(\w+_)?(lm_head|logits)|logits_\w+|output_head|embed_out", "any"),
+    ("output head", r"unembed\w*|w_u", "any"),
+    ("embedding", rf"(\w+_)?({_EMB})|{_NO_PRODUCT}({_EMB})_\w+|w_e|w_pos", "own"),
+    ("output head", r"head|out|output|output_(layer|projection)|proj_out", "outside"),
+    ("output head", r"classifier|score|predictions", "outside"),
+    ("embedding", r"shared", "outside"),
 )
+_VECTOR = r"(\w+_)?(bias|biases|scales?)|b_(q|k|v|o|in|out)"
+_NORM_MODULE = rf"(\w+_)?({_NORM}|bias)|{_NO_PRODUCT}({_NORM})_\w+"
+# Names for a vector in a norm and for a matrix in a product. A `kernel` is always a matrix.
+_ANY_TENSOR = r"weights?|w|g|b|gamma|beta|offset|shift"
+_BLOCK = (
+    r"[a-z]*(block|layer)s?|h|[a-z]*(attn|attention)s?|att|mlp|ffn?|feed|experts?|moe|mixer|stages?|"
+    r"cells?|units?"
+)
+# No stack has more layers: of two longer axes, neither counts them.
+_MOST_LAYERS = 512
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def all_matrices(path: str, leaf: Any) -> bool:
@@ -37,29 +59,110 @@ def all_matrices(path: str, leaf: Any) -> bool:
 
 def default_targets(path: str, leaf: Any) -> bool:
     """The papers' rule: embeddings, output head, norms, scales and biases stay full-rank."""
-    del leaf
-    return _EXCLUDED.search(path) is None
+    return exemption(path, abstract(leaf).shape) is None
+
+
+@functools.lru_cache(maxsize=1 << 14)  # asked anew for every leaf at every step outside `jax.jit`
+def exemption(path: str, shape: tuple[int, ...]) -> str | None:
+    """The reason for which a leaf stays at full size by default.
+
+    ===============  ==============================================================================
+    stays            because of
+    ===============  ==============================================================================
+    output head      `lm_head`, `logits`, `unembed` or `output_head` anywhere in the path; `head`,
+                     `output`, `out`, `proj_out`, `classifier`, `score` or `predictions` outside of
+                     blocks
+    embedding        a name that begins or ends with `embed`, `embedding`, `embedder`, `emb`, `wte`
+                     or `wpe`, of the leaf or of its module; `shared` outside of blocks
+    norm or bias     a leaf called `bias`, `scale` or like a norm, or the `weight` of a norm, unless
+                     its last two axes are both longer than 512: no stack has so many layers
+    ===============  ==============================================================================
+
+    Names are compared word by word: `LMHead_0` is "lm head", `enormous` is no norm. What lies below
+    a numbered component (`layers/0`, `Block_1`) or one that is called like a part of a block
+    (`blocks`, `attention`, `mlp`) is inside of a block.
+
+    Args:
+      path: Path of the leaf, as in `LeafPlan`.
+      shape: Its shape.
+
+    Returns:
+      What it is and the name that says so; None if it takes part.
+
+    Example:
+      >>> from galore_jax.views.targets import exemption
+      >>> exemption("decoder/token_embedder/embedding", (32000, 512))
+      'embedding (token_embedder)'
+      >>> exemption("layers/PreNorm_0/fn/to_qkv/kernel", (512, 1536))
+    """
+    parts = re.findall(r"[\w-]+", path)
+    names = [part for part in parts if not part.isdigit() and part not in ("value", "raw_value")]
+    named = [(name, "_".join(_WORD.findall(name)).lower()) for name in ("", "", *names)]
+    for kind, pattern, whose in _EXEMPT:
+        for name, words in named[-2:] if whose == "own" else named:
+            if re.fullmatch(pattern, words) and not (whose == "outside" and _in_block(parts, name)):
+                return f"{kind} ({name})"
+    if len(shape) < 2 or min(shape[-2:]) <= _MOST_LAYERS:
+        (module, module_words), (leaf, leaf_words) = named[-2:]
+        if re.fullmatch(f"{_VECTOR}|{_NORM_MODULE}", leaf_words):
+            return f"norm or bias ({leaf})"
+        if re.fullmatch(_ANY_TENSOR, leaf_words) and re.fullmatch(_NORM_MODULE, module_words):
+            return f"norm or bias ({module})"
+    return None
+
+
+def _in_block(parts: list[str], name: str) -> bool:
+    """Whether other components of the path number or name a block."""
+    at = parts.index(name)
+    numbered = any(re.fullmatch(r"\d+|\w+_\d+", part) for part in parts[:at])
+    words = _WORD.findall(" ".join(parts[:at] + parts[at + 1 :]))
+    return numbered or any(re.fullmatch(_BLOCK, word.lower()) for word in words)
 
 
 def is_target(targets: Targets, path: str, leaf: Any) -> bool:
     """Applies the `targets` argument to one leaf."""
     if targets is None:
         return default_targets(path, leaf)
-    if isinstance(targets, str):
-        return re.search(targets, path) is not None
-    return bool(targets(path, leaf))
+    if callable(targets):
+        return bool(targets(path, leaf))
+    return any(re.search(pattern, path) for pattern in patterns(targets))
 
 
-def check_targets(targets: Targets) -> None:
-    """Raises if `targets` is neither None, a valid regex nor a callable."""
+def patterns(targets: Targets) -> tuple[str, ...]:
+    """The regexes of the `targets` argument; none if it is something else."""
     if targets is None or callable(targets):
-        return
-    if not isinstance(targets, str):
+        return ()
+    return (targets,) if isinstance(targets, str) else tuple(targets)
+
+
+def targets_rule(targets: Any) -> Targets:
+    """The `targets` argument, checked, as something static: hashable and comparable.
+
+    Raises:
+      TypeError: It is neither None, nor a regex or a list of them, nor a callable.
+      ValueError: A regex is not valid.
+    """
+    if targets is None or targets is all_matrices:
+        return targets
+    if callable(targets):
+        return Rule.of("targets", targets)
+    found = patterns(targets) if isinstance(targets, str | list | tuple) else ()
+    if not found or not all(isinstance(pattern, str) for pattern in found):
         raise TypeError(
-            f"`targets` must be a regex on the leaf path or a callable(path, leaf) -> bool, "
-            f"got {targets!r}."
+            "`targets` must be a regex on the leaf path, a list of them, or a callable(path, leaf) "
+            f"-> bool, got {targets!r}."
         )
+    for pattern in found:
+        check_regex("targets", pattern)
+    return targets if isinstance(targets, str) else found
+
+
+check_targets = targets_rule
+
+
+def check_regex(option: str, pattern: str) -> None:
+    """Raises if a pattern that was given as `option` cannot be compiled."""
     try:
-        re.compile(targets)
+        re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"`targets` is not a valid regex: {targets!r} ({error}).") from error
+        raise ValueError(f"`{option}` is not a valid regex: {pattern!r} ({error}).") from error

@@ -1,7 +1,10 @@
 """`MatrixAxes`, and the ways to say them for a whole tree."""
 
 from types import SimpleNamespace
+from typing import Any
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,6 +12,7 @@ import pytest
 
 import galore_jax as gj
 from galore_jax.views.axes import axes_rule
+from galore_jax.views.plan import Rules
 
 PARAMS = {
     "attention": {"query": jnp.zeros((16, 4, 8)), "out": jnp.zeros((4, 8, 16))},
@@ -122,6 +126,50 @@ def test_a_flat_dict_of_leaf_names_is_a_tree():
     assert set(sizes(axes | {"embed": None}, params)) == {"w"}
 
 
+class Module(eqx.Module):
+    """A tree that can be called."""
+
+    query: Any
+    out: Any
+
+    def __call__(self, params):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("query, out", [(QUERY, OUT), (None, OUT), (None, None)])
+def test_a_tree_that_can_be_called_is_a_tree(query, out):
+    params = Module(**PARAMS["attention"])
+    ours, theirs = (axes_rule(Module(query, out)) for _ in range(2))
+    assert ours == theirs and hash(ours) == hash(theirs)
+    chosen = [name for name, axes in (("query", query), ("out", out)) if axes is not None]
+    assert sorted(sizes(Module(query, out), params)) == sorted(chosen)
+
+
+def test_a_callable_gets_shapes():
+    def axes(params):
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+        return jax.tree.map(lambda leaf: gj.MatrixAxes() if leaf.ndim == 2 else None, params)
+
+    for rule in (axes, axes_rule(axes)):
+        assert set(sizes(rule)) == {"mlp/down"}
+
+
+def test_a_callable_gets_one_shape_for_a_quantized_leaf_and_none_for_a_masked_one():
+    params = gj.quant.quantize_params({"a": jnp.ones((8, 512)), "b": jnp.ones((8, 512))})
+    params["b"] = jax.tree.map(lambda _: optax.MaskedNode(), params["b"])
+    axes = lambda params: jax.tree.map(lambda leaf: gj.MatrixAxes(1, 0), params)  # noqa: E731
+    assert sizes(axes, params) == {"a": ((), 512, 8)}
+
+
+def test_leaves_with_equal_paths():
+    """Position says which leaf is which."""
+    params = {"a/b": jnp.zeros((16, 24)), "a": {"b": jnp.zeros((2, 8, 12))}}
+    tree = {"a/b": None, "a": {"b": gj.MatrixAxes()}}
+    rules = Rules(2, "short", axes_rule(tree), None)
+    found = [(plan.path, plan.shape, plan.rank) for plan in gj.views.leaf_plan(rules, params)]
+    assert found == [("a/b", (2, 8, 12), 2), ("a/b", (16, 24), 0)]
+
+
 @pytest.mark.parametrize("container", ["list", "tuple", "frozen"])
 def test_other_containers(container):
     w = jnp.zeros((2, 16, 24))
@@ -142,13 +190,19 @@ def test_negative_and_numpy_axes():
 
 
 def test_rules_are_static():
-    for make in (lambda: dict(TREE), lambda: {"query": QUERY}, lambda: QUERY, lambda: None):
+    makers = (
+        lambda: dict(TREE), lambda: {"query": QUERY}, lambda: QUERY, lambda: None,
+        lambda: lambda params: TREE,
+    )  # fmt: skip
+    for make in makers:
         assert axes_rule(make()) == axes_rule(make())
         assert hash(axes_rule(make())) == hash(axes_rule(make()))
     assert axes_rule({"query": QUERY}) != axes_rule({"query": OUT})
 
 
-@pytest.mark.parametrize("axes", [("a", 1), (0, 1.5), (None, 1), ((0, "x"), 2)])
+@pytest.mark.parametrize(
+    "axes", [("a", 1), (0, 1.5), (None, 1), ((0, "x"), 2), (True, False), (0, (1, np.True_))]
+)
 def test_axes_are_integers(axes):
     with pytest.raises(TypeError, match="integers"):
         gj.MatrixAxes(*axes)

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 import galore_jax as gj
+from galore_jax.rules import Rule
+from galore_jax.views.plan import rank_rule
 
 
 def plan(params, rank=4, **options):
@@ -121,25 +123,39 @@ def test_a_gpt2_tree():
 def test_effective_rank(rank, side, shape, expected):
     leaf = plan({"w": zeros(*shape)}, rank, side=side)["w"]
     assert leaf.rank == expected and leaf.is_projected == bool(expected)
-    assert isinstance(leaf.rank, int)
+    assert isinstance(leaf.rank, int) and isinstance(rank_rule(rank), int | float | Rule)
 
 
 @pytest.mark.parametrize(
-    "leaf, options, reason",
+    "leaf, options, reason, is_matrix",
     [
-        (zeros(6), {}, "two axes"),
-        (zeros(2, 10, 6), {}, "`axes`"),
-        (zeros(10, 6), {"rank": 9}, "reaches"),
-        (zeros(10, 6), {"rank": lambda path, leaf: None}, "None"),
-        (zeros(10, 6), {"targets": "x"}, "targets"),
-        (zeros(10, 6, dtype=jnp.int32), {}, "floating"),
-        (zeros(10, 6, dtype=jnp.complex64), {}, "floating"),
-        (zeros(10, 6), {"axes": {"w": None}}, "None"),
-        (zeros(10, 6), {}, "projected"),
+        (zeros(6), {}, "two axes", False),
+        (zeros(2, 10, 6), {}, "`axes`", True),
+        (zeros(1, 1, 6), {}, "`axes`", False),
+        (zeros(10, 6), {"rank": 9}, "rank 9 reaches the projected dimension 6", True),
+        (zeros(10, 6), {"rank": 1.0}, "rank 1.0 reaches the projected dimension 6", True),
+        (zeros(10, 6), {"rank": lambda path, leaf: 7}, "rank 7 reaches", True),
+        (zeros(1, 6), {"rank": 1}, "reaches the projected dimension 1", False),
+        (zeros(10, 6), {"rank": lambda path, leaf: None}, "None", True),
+        (zeros(10, 6), {"targets": "x"}, "targets", False),
+        (zeros(10, 6), {"targets": lambda path, leaf: leaf.ndim == 3}, "targets", False),
+        (zeros(10, 6, dtype=jnp.int32), {}, "floating", False),
+        (zeros(10, 6, dtype=jnp.complex64), {}, "floating", False),
+        (zeros(10, 6), {"axes": {"w": None}}, "None", True),
+        (zeros(10, 6), {"axes": {"w": None}, "targets": "x"}, "None", False),
+        (zeros(10, 6), {}, "projected", True),
     ],
 )
-def test_reasons(leaf, options, reason):
-    assert reason in plan({"w": leaf}, **options)["w"].reason
+def test_reasons(leaf, options, reason, is_matrix):
+    seen = plan({"w": leaf}, **options)["w"]
+    assert reason in seen.reason and seen.is_matrix == is_matrix
+
+
+def test_callables_get_shapes():
+    def shapes_only(path, leaf):
+        return type(leaf) is jax.ShapeDtypeStruct and 4
+
+    assert ranks({"w": jnp.zeros((10, 6))}, shapes_only, targets=shapes_only) == {"w": 4}
 
 
 def test_plans_are_pure_functions_of_shapes():
