@@ -68,7 +68,8 @@ class Rule:
             raise ValueError(
                 f"`{self.option}` was the callable {self.name}, which cannot be pickled and is "
                 "missing in this state. Hand the state to the `update` of the transformation, "
-                f"which has it; or give `{self.option}` as a regex or a function of a module."
+                f"which has it; or give `{self.option}` as a function of a module (`axes` and "
+                "`targets` also as a regex)."
             )
         return self.function(*args)
 

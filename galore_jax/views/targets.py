@@ -18,12 +18,12 @@ _NORM = r"[a-z]*norms?|normali[sz]ation|ln|bn|gn"
 # `embed_tokens` looks up rows, `embed_proj` and `emb_layers` multiply with a matrix.
 _NO_PRODUCT = r"(?!\w+_(proj|projection|project|dense|linear|layers?|mlp)$)"
 _EXEMPT = (
-    # kind, pattern, whose component: any; the leaf's or its module's; any, outside of all blocks
-    ("output head", r"(\w+_)?(lm_head|logits)|logits_\w+|output_head|embed_out", "any"),
-    ("output head", r"unembed\w*|w_u", "any"),
+    # kind, pattern, where: in any component; in the last two (leaf and module); there, in no block
+    ("output head", r"(\w+_)?lm_head|(?!pre_)(\w+_)?logits|logits_\w+", "any"),
+    ("output head", r"output_head|predictions|unembed\w*|embed_out|w_u", "any"),
     ("embedding", rf"(\w+_)?({_EMB})|{_NO_PRODUCT}({_EMB})_\w+|w_e|w_pos", "own"),
     ("output head", r"head|out|output|output_(layer|projection)|proj_out", "outside"),
-    ("output head", r"classifier|score|predictions", "outside"),
+    ("output head", r"classifier|score", "outside"),
     ("embedding", r"shared", "outside"),
 )
 _VECTOR = r"(\w+_)?(bias|biases|scales?)|b_(q|k|v|o|in|out)"
@@ -69,9 +69,9 @@ def exemption(path: str, shape: tuple[int, ...]) -> str | None:
     ===============  ==============================================================================
     stays            because of
     ===============  ==============================================================================
-    output head      `lm_head`, `logits`, `unembed` or `output_head` anywhere in the path; `head`,
-                     `output`, `out`, `proj_out`, `classifier`, `score` or `predictions` outside of
-                     blocks
+    output head      `lm_head`, `logits`, `unembed`, `output_head` or `predictions` anywhere in the
+                     path; a leaf or module called `head`, `output`, `out`, `proj_out`, `classifier`
+                     or `score` outside of blocks
     embedding        a name that begins or ends with `embed`, `embedding`, `embedder`, `emb`, `wte`
                      or `wpe`, of the leaf or of its module; `shared` outside of blocks
     norm or bias     a leaf called `bias`, `scale` or like a norm, or the `weight` of a norm, unless
@@ -96,10 +96,12 @@ def exemption(path: str, shape: tuple[int, ...]) -> str | None:
       >>> exemption("layers/PreNorm_0/fn/to_qkv/kernel", (512, 1536))
     """
     parts = re.findall(r"[\w-]+", path)
-    names = [part for part in parts if not part.isdigit() and part not in ("value", "raw_value")]
+    if parts[-1:] in (["value"], ["raw_value"]):  # of a Flax NNX variable
+        parts.pop()
+    names = [part for part in parts if not part.isdigit()]
     named = [(name, "_".join(_WORD.findall(name)).lower()) for name in ("", "", *names)]
     for kind, pattern, whose in _EXEMPT:
-        for name, words in named[-2:] if whose == "own" else named:
+        for name, words in named if whose == "any" else named[-2:]:
             if re.fullmatch(pattern, words) and not (whose == "outside" and _in_block(parts, name)):
                 return f"{kind} ({name})"
     if len(shape) < 2 or min(shape[-2:]) <= _MOST_LAYERS:
