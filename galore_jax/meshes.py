@@ -22,8 +22,7 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     Args:
       fn: A function of pytrees of arrays; the same object at every call, or it is compiled anew.
       *args: Its arguments.
-      like: Tree of arrays like the result, which is sharded like them, or of their shardings; or a
-        function without arguments that returns it.
+      like: Tree of arrays like the result, which is sharded like them, or of their shardings.
 
     Returns:
       What ``fn(*args)`` returns.
@@ -31,7 +30,6 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     mesh = _explicit_mesh(args)
     if mesh is None:
         return fn(*args)
-    like = like() if callable(like) else like
     specs, treedef = jax.tree.flatten(jax.tree.map(_spec, like))
     return _automatic(fn, mesh, tuple(specs), treedef, *args)
 
@@ -50,14 +48,10 @@ def sharded_alike(
         return update(updates, state, params, **extra_args)
 
     def wrapped(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        return compiler_chooses(
-            with_extra_args,
-            updates,
-            state,
-            params,
-            extra_args,
-            like=lambda: (like(updates, params), state),
-        )
+        args = updates, state, params, extra_args
+        if _explicit_mesh(args) is None:
+            return update(updates, state, params, **extra_args)
+        return compiler_chooses(with_extra_args, *args, like=(like(updates, params), state))
 
     return wrapped
 

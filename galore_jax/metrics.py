@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import HIGHEST, inverse_gram
 from galore_jax.meshes import compiler_chooses
+from galore_jax.projectors import HIGHEST
 from galore_jax.transforms.lenses import find_lenses, kinds_in, lens_leaves
 from galore_jax.transforms.state import LowRankState
 from galore_jax.transforms.subspace import as_stored, decode
@@ -168,7 +168,27 @@ def _share(plan: LeafPlan, gradient: jax.Array, basis: jax.Array) -> jax.Array:
     unit = jnp.where(largest == 0, jnp.ones_like(largest), largest)
     entries = gradient.astype(basis.dtype) / jnp.expand_dims(unit, sides)
     projected = view.project(gradient, basis, HIGHEST) / unit[..., None, None]
-    weights = inverse_gram(basis.astype(gradient.dtype).astype(basis.dtype))
+    weights = _inverse_gram(basis.astype(gradient.dtype).astype(basis.dtype))
     captured = jnp.sum(projected * jnp.matmul(projected, weights, precision=HIGHEST), (-2, -1))
     share = captured / jnp.sum(entries**2, axis=sides)
     return jnp.where(largest == 0, jnp.ones_like(share), jnp.minimum(share, 1))
+
+
+def _inverse_gram(basis: jax.Array) -> jax.Array:
+    """``(PᵀP)⁻¹ [*batch, rank, rank]``: the identity, up to what storage did to P.
+
+    Newton's iteration, from below: a column of zeros, which few bits may make of a small one, gets
+    a weight that is finite. By products alone: batches of factorizations that run side by side can
+    block each other on the CPU, where each waits for threads that the others hold (jaxlib 0.10).
+    """
+    gram = jnp.einsum("...pr,...ps->...rs", basis, basis, precision=HIGHEST)
+    largest = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)  # of the eigenvalues, or above
+    start = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    start = start / largest[..., None, None]
+
+    def improve(_: int, inverse: jax.Array) -> jax.Array:
+        step = jnp.matmul(gram, inverse, precision=HIGHEST)
+        return 2 * inverse - jnp.matmul(inverse, step, precision=HIGHEST)
+
+    # The error is squared in each: enough for eigenvalues that are a hundred times apart.
+    return jax.lax.fori_loop(0, 11, improve, start)

@@ -6,10 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# How each type is taken apart and put together again.
-_NODES: dict[
-    type, tuple[Callable[[Any], dict[str, Any]], Callable[[Any, dict[str, Any]], Any]]
-] = {}
+# Functions that take each type apart and put it together again, until Flax has them.
+_NODES: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
 def register(

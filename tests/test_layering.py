@@ -12,7 +12,7 @@ ROOT = Path(galore_jax.__file__).parent
 # From the bottom; families within a layer do not know each other.
 LAYERS = [
     {"checks", "rules", "serialization", "signatures", "tables"},
-    {"keys", "basis", "mapped", "meshes", "views"},
+    {"keys", "mapped", "meshes", "views"},
     {"quant"},
     {"codecs"},
     {"projectors", "recovery", "refresh", "transport"},

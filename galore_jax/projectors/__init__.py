@@ -11,7 +11,11 @@ from galore_jax.projectors.operator import (
     working_dtype,
 )
 from galore_jax.projectors.random import random_orthonormal
-from galore_jax.projectors.range_finder import randomized_svd, subspace_iteration
+from galore_jax.projectors.range_finder import (
+    orthonormalize,
+    randomized_svd,
+    subspace_iteration,
+)
 
 __all__ = [
     "HIGHEST",
@@ -20,6 +24,7 @@ __all__ = [
     "dense_operator",
     "gram_eigh",
     "mean_operator",
+    "orthonormalize",
     "random_orthonormal",
     "randomized_svd",
     "select_operator",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.operator import HIGHEST, MatrixOperator
-from galore_jax.projectors.orthonormal import orthonormalize
+from galore_jax.projectors.range_finder import orthonormalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.operator import MatrixOperator
-from galore_jax.projectors.orthonormal import orthonormalize
+from galore_jax.projectors.range_finder import orthonormalize
 
 
 @dataclasses.dataclass(frozen=True)

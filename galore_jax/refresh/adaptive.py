@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import first_cosine
 from galore_jax.checks import check_count
 from galore_jax.refresh.base import RefreshPolicy
 
@@ -86,8 +86,9 @@ class adaptive(RefreshPolicy):
     def compares_columns(self) -> bool:
         return self.mode == "cosine"
 
-    def similarity(self, old, new):
-        return first_cosine(old, new) if self.mode == "cosine" else super().similarity(old, new)
+    @property
+    def similarity(self):
+        return first_cosine if self.mode == "cosine" else None
 
     def init(self, matrices):
         shape = jnp.shape(matrices.phase)
@@ -103,11 +104,16 @@ class adaptive(RefreshPolicy):
         gap, similarities = memory
         latest = seen.similarity[..., None]
         pushed = jnp.concatenate([similarities[..., 1:], latest], axis=-1)
-        similarities = jnp.where(seen.is_compared[..., None], pushed, similarities)
-        is_still = seen.is_compared & (jnp.mean(similarities, axis=-1) >= self.threshold)
+        similarities = jnp.where(seen.compared[..., None], pushed, similarities)
+        is_still = seen.compared & (jnp.mean(similarities, axis=-1) >= self.threshold)
         longest = max(self.gap, _LONGEST) if self.max_gap is None else self.max_gap
         grown = jnp.minimum(gap.astype(jnp.float32) * self.growth, _LONGEST).astype(jnp.int32)
         longer = jnp.minimum(gap, longest - 1) + 1  # short gaps grow, too
         grown = jnp.minimum(jnp.maximum(grown, longer), longest)
         gap = jnp.where(is_still, grown, gap)
         return count % gap == 0, AdaptiveState(gap, similarities)
+
+
+def first_cosine(old: jax.Array, new: jax.Array) -> jax.Array:
+    """``|cos|`` of the angle between the first columns, ``[*batch]``."""
+    return jnp.abs(jnp.sum(old[..., 0] * new[..., 0], axis=-1))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-
-from galore_jax.basis import overlap
 
 
 class Matrices(NamedTuple):
@@ -31,22 +30,19 @@ class Observation(NamedTuple):
 
     Args:
       moved: ``bool[*matrices]``, which bases were recomputed in it.
-      refreshes: ``int32[*matrices]``, bases that each matrix has had, this step's included. After
-        the first one there is nothing to compare with.
+      compared: ``bool[*matrices]``, those of them whose `similarity` means something: not the first
+        ones of their matrices.
+      refreshes: ``int32[*matrices]``, bases that each matrix has had, this step's included.
       similarity: ``float32[*matrices]``, the policy's `similarity` of the bases before and after;
         zero where nothing moved.
       low_rank: Per leaf R ``[*batch, kept, rank]``, projected onto the bases of this step.
     """
 
     moved: jax.Array
+    compared: jax.Array
     refreshes: jax.Array
     similarity: jax.Array
     low_rank: tuple[jax.Array, ...]
-
-    @property
-    def is_compared(self) -> jax.Array:
-        """``bool[*matrices]``, where `similarity` means something."""
-        return self.moved & (self.refreshes > 1)
 
 
 class RefreshPolicy(abc.ABC):
@@ -62,9 +58,10 @@ class RefreshPolicy(abc.ABC):
         """Whether column i of a basis has to mean the same thing before and after a refresh."""
         return False
 
-    def similarity(self, old: jax.Array, new: jax.Array) -> jax.Array:
-        """Similarity of two bases ``[projected, rank]``, a scalar; taken during a refresh."""
-        return overlap(old, new)
+    @property
+    def similarity(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        """Measure of two bases, taken during a refresh; None for their `subspace.overlap`."""
+        return None
 
     def init(self, matrices: Matrices) -> Any:
         """Memory for matrices of one kind.

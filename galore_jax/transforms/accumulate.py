@@ -12,9 +12,9 @@ from galore_jax import mapped
 from galore_jax.checks import check_count
 from galore_jax.meshes import sharded_alike
 from galore_jax.transforms import bases, subspace
-from galore_jax.transforms.lens import Layer, Lens, entered
+from galore_jax.transforms.lens import Layer, Lens, entered, full_shapes
 from galore_jax.transforms.lenses import find_lenses
-from galore_jax.transforms.projected import full_shapes, updates_like
+from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.state import AccumulateState, LowRankState
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.views import ProjectedGradient

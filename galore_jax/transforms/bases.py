@@ -219,10 +219,11 @@ def decide(
     for name, members in lens.kinds.items():
         moved = bases.moved[name]
         refreshes = flags.refreshes[name] + moved.astype(jnp.int32)
+        compared = moved & (refreshes > 1)  # the initial basis means nothing
         values = tuple(low_rank[i] for i in members)
-        seen = Observation(moved, refreshes, bases.similarity[name], values)
+        seen = Observation(moved, compared, refreshes, bases.similarity[name], values)
         planned, memory = lens.config.refresh.decide(count, flags.memory[name], seen)
-        overlap = jnp.where(seen.is_compared, bases.overlap[name], flags.overlap[name])
+        overlap = jnp.where(compared, bases.overlap[name], flags.overlap[name])
         after[name] = [planned | (flags.due[name] & ~moved), refreshes, overlap, memory]
     if not after:
         return flags

@@ -21,10 +21,6 @@ from galore_jax.views.matrix_view import Side, check_side
 from galore_jax.views.plan import RankLike, rank_rule
 from galore_jax.views.targets import Targets, targets_rule
 
-# What decides the shapes and the meaning of stored arrays: a state made with other values cannot
-# go on. Everything else (gap, transport, projector, axis_name, seed) may change between runs.
-_FIXED = ("rank", "side", "axes", "targets", "codec", "state_dtype")
-
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -126,25 +122,6 @@ def _check_columns(
             raise ValueError(
                 f"{part} takes the columns of a basis for orthonormal, but those of {projector} "
                 "are not. Use transport.reset(), or a projector whose columns are."
-            )
-
-
-def check_same_storage(config: LowRankConfig, stored: Any) -> None:
-    """Raises if a state made under `stored` cannot be continued under `config`.
-
-    A checkpointer may have dropped the config, which holds no array: the shapes will tell.
-    """
-    if not isinstance(stored, LowRankConfig):
-        return
-    for name in _FIXED:
-        ours, theirs = getattr(config, name), getattr(stored, name)
-        if callable(ours) or callable(theirs):
-            continue  # one may be a regex and the other a callable that says the same
-        if ours != theirs:
-            raise ValueError(
-                f"this state was made with {name}={theirs!r}, but the transformation has "
-                f"{name}={ours!r}. Gap, scale, projector and transport may change on resume; "
-                f"{name} fixes the stored arrays. Restore with the old value or init anew."
             )
 
 

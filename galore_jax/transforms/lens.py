@@ -17,12 +17,16 @@ from galore_jax.codecs import Codec
 from galore_jax.keys import matrix_keys
 from galore_jax.refresh import Matrices, phases
 from galore_jax.transforms import subspace
-from galore_jax.transforms.config import LowRankConfig, check_same_storage
+from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.state import LowRankState, RefreshState
 from galore_jax.transforms.subspace import LeafSubspace
-from galore_jax.views import LeafPlan
-from galore_jax.views.leaves import is_one_leaf
+from galore_jax.views import LeafPlan, ProjectedGradient
+from galore_jax.views.leaves import Leaves, abstract, is_one_leaf
 from galore_jax.views.plan import leaf_plan
+
+# What decides the shapes and the meaning of stored arrays: a state made with other values cannot
+# go on. Everything else (gap, transport, projector, axis_name, seed) may change between runs.
+_FIXED = ("rank", "side", "axes", "targets", "codec", "state_dtype")
 
 # Number of the layer that a slice of stacked leaves is of.
 Layer = jax.Array | int
@@ -80,6 +84,16 @@ class Lens:
                 lone = len(members) == 1
                 flags[i] = by_kind[name] if lone else by_kind[name][place]
         return flags
+
+    def memories(self, per_leaf: list[Any]) -> Any:
+        """State of the recovery; nothing if it remembers nothing."""
+        return self.treedef.unflatten(per_leaf) if jax.tree.leaves(per_leaf) else ()
+
+    def memory_of(self, recovery_state: Any) -> list[Any]:
+        """Inverse of `memories`."""
+        if not jax.tree.leaves(recovery_state):
+            return [()] * len(self.plans)
+        return self.treedef.flatten_up_to(recovery_state)
 
     def first_projectors(self) -> Any:
         """Initial bases, stored."""
@@ -152,6 +166,58 @@ def kinds_of(leaves: Sequence[tuple[Any, str, tuple[int, ...]]]) -> dict[str, li
             name += "'"
         kinds[name] = members
     return kinds
+
+
+def check_same_storage(config: LowRankConfig, stored: Any) -> None:
+    """Raises if a state made under `stored` cannot be continued under `config`.
+
+    A checkpointer may have dropped the config, which holds no array: the shapes will tell.
+    """
+    if not isinstance(stored, LowRankConfig):
+        return
+    for name in _FIXED:
+        ours, theirs = getattr(config, name), getattr(stored, name)
+        if callable(ours) or callable(theirs):
+            continue  # one may be a regex and the other a callable that says the same
+        if ours != theirs:
+            raise ValueError(
+                f"this state was made with {name}={theirs!r}, but the transformation has "
+                f"{name}={ours!r}. Gap, scale, projector and transport may change on resume; "
+                f"{name} fixes the stored arrays. Restore with the old value or init anew."
+            )
+
+
+def full_shapes(grads: Leaves, params: optax.Params | None) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of the leaves; those of projected gradients are read off the parameters.
+
+    Raises:
+      ValueError: They are needed and not there, or a gradient has another shape than its parameter.
+    """
+    arrived = [isinstance(grad, ProjectedGradient) for grad in grads.values]
+    if params is None:
+        if any(arrived):
+            raise ValueError(
+                "a ProjectedGradient does not know the shape of its parameter: pass `params` to "
+                "update."
+            )
+        return grads.shapes
+    given = Leaves.of(params)
+    if given.treedef != grads.treedef:
+        if any(arrived):
+            raise ValueError(
+                f"gradients have the structure {grads.treedef}, but `params` {given.treedef}."
+            )
+        return grads.shapes  # somebody's business: nothing is read off the parameters
+    for i, (grad, like) in enumerate(zip(grads.values, given.shapes, strict=True)):
+        if not arrived[i] and jnp.shape(grad) != like.shape:
+            raise ValueError(
+                f"leaf {grads.paths[i]!r}: the gradient has shape {jnp.shape(grad)}, its parameter "
+                f"{like.shape}."
+            )
+    return [
+        like if was_projected else abstract(grad)
+        for was_projected, like, grad in zip(arrived, given.shapes, grads.values, strict=True)
+    ]
 
 
 def entered(lens: Lens, state: Any) -> LowRankState:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.checks import quietly
-from galore_jax.transforms.config import LowRankConfig, check_same_storage
-from galore_jax.transforms.lens import Layer, entered, kinds_of
+from galore_jax.transforms.config import LowRankConfig
+from galore_jax.transforms.lens import Layer, check_same_storage, entered, kinds_of
 from galore_jax.transforms.state import AccumulateState, LowRankState
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.transforms.subspace import LeafSubspace

@@ -20,8 +20,8 @@ from galore_jax.serialization import tell_flax
 from galore_jax.transforms import bases
 from galore_jax.transforms.bases import Bases
 from galore_jax.transforms.config import LowRankConfig, low_rank_config
-from galore_jax.transforms.lens import Layer, Lens, entered
-from galore_jax.transforms.projected import full_shapes, updates_like
+from galore_jax.transforms.lens import Layer, Lens, entered, full_shapes
+from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.state import LowRankState
 from galore_jax.transport import Transport
 from galore_jax.views import LeafPlan, ProjectedGradient
@@ -150,7 +150,7 @@ def low_rank_projection(
             projectors=lens.first_projectors(),
             refresh_state=lens.first_flags(),
             inner_state=inner_state,
-            recovery_state=leaves.tree(list(map(config.recovery.first_memory, lens.plans))),
+            recovery_state=lens.memories([config.recovery.first_memory(p) for p in lens.plans]),
         )
 
     def update_fn(
@@ -178,7 +178,7 @@ def low_rank_projection(
             projectors=grads.tree(now.stored),
             refresh_state=bases.decide(lens, count, state.refresh_state, now, low_rank),
             inner_state=inner_state,
-            recovery_state=grads.tree(memory),
+            recovery_state=lens.memories(memory),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
@@ -186,11 +186,12 @@ def low_rank_projection(
 
 def _project(lens: Lens, now: Bases, leaf: int, grad: Any) -> Any:
     """R of a leaf, or the leaf itself where it is not projected: the mean over devices."""
-    if lens.plans[leaf].is_projected:
-        return mapped.mean(now.project(lens, leaf, grad), lens.config.axis_name)
-    if lens.plans[leaf].is_inexact and not isinstance(grad, ProjectedGradient):
-        grad = mapped.mean(grad, lens.config.axis_name)  # in its own dtype
-    return now.project(lens, leaf, grad)
+    plan, axis_name = lens.plans[leaf], lens.config.axis_name
+    if axis_name is None or not plan.is_inexact:
+        return now.project(lens, leaf, grad)
+    if plan.is_projected or isinstance(grad, ProjectedGradient):
+        return mapped.mean(now.project(lens, leaf, grad), axis_name)
+    return now.project(lens, leaf, mapped.mean(grad, axis_name))  # in its own dtype
 
 
 def _lift(
@@ -203,7 +204,7 @@ def _lift(
     scale: Any,
 ) -> tuple[list[Any], list[Any]]:
     """Updates of all leaves from their directions, and the memory of the recovery."""
-    lifted, memory = list(grads.values), grads.split(state.recovery_state)
+    lifted, memory = list(grads.values), lens.memory_of(state.recovery_state)
     for i, direction in enumerate(grads.split(directions)):
         plan = lens.plans[i]
         if plan.view is None:

@@ -18,7 +18,7 @@ from galore_jax.transforms.subspace import (
     replaced,
 )
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import Leaves, abstract
+from galore_jax.views.leaves import Leaves
 
 
 def use_projected_gradient(
@@ -93,39 +93,6 @@ def _arrives(config: LowRankConfig, leaf: LeafSubspace, gradient: ProjectedGradi
         basis = gradient.basis.astype(working_dtype(leaf.plan.dtype))
         moved = jnp.any(basis != decode(config, leaf.plan, leaf.stored), axis=(-2, -1))
     return moved & gradient.has_basis & jnp.all(jnp.isfinite(gradient.basis), axis=(-2, -1))
-
-
-def full_shapes(grads: Leaves, params: optax.Params | None) -> list[jax.ShapeDtypeStruct]:
-    """Shapes of the leaves; those of projected gradients are read off the parameters.
-
-    Raises:
-      ValueError: They are needed and not there, or a gradient has another shape than its parameter.
-    """
-    arrived = [isinstance(grad, ProjectedGradient) for grad in grads.values]
-    if params is None:
-        if any(arrived):
-            raise ValueError(
-                "a ProjectedGradient does not know the shape of its parameter: pass `params` to "
-                "update."
-            )
-        return grads.shapes
-    given = Leaves.of(params)
-    if given.treedef != grads.treedef:
-        if any(arrived):
-            raise ValueError(
-                f"gradients have the structure {grads.treedef}, but `params` {given.treedef}."
-            )
-        return grads.shapes  # somebody's business: nothing is read off the parameters
-    for path, grad, like in zip(grads.paths, grads.values, given.shapes, strict=True):
-        if not isinstance(grad, ProjectedGradient) and jnp.shape(grad) != like.shape:
-            raise ValueError(
-                f"leaf {path!r}: the gradient has shape {jnp.shape(grad)}, its parameter "
-                f"{like.shape}."
-            )
-    return [
-        like if was_projected else abstract(grad)
-        for was_projected, like, grad in zip(arrived, given.shapes, grads.values, strict=True)
-    ]
 
 
 def updates_like(updates: optax.Updates, params: optax.Params | None) -> Any:

@@ -41,7 +41,7 @@ class LowRankState(NamedTuple):
         zero where a leaf is not projected.
       refresh_state: Which matrices are due.
       inner_state: State of the inner transformation on the low-rank tree.
-      recovery_state: Memory of the recovery, per leaf.
+      recovery_state: Memory of the recovery per leaf; () if it keeps none.
     """
 
     config: LowRankConfig

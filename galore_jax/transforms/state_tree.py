@@ -202,11 +202,15 @@ def _lens(state: LowRankState, likes: Any) -> LowRankState:
             memory=_memory(state.refresh_state.memory, lens, low_rank),
         ),
         inner_state=_any(state.inner_state, lens.treedef.unflatten(low_rank), ""),
-        recovery_state=lens.treedef.unflatten(
-            map(_recovered, zip(low_rank, owners, strict=True), by_leaf(state.recovery_state))
-        )
-        if lens.plans
-        else state.recovery_state,
+        recovery_state=lens.memories(
+            list(
+                map(
+                    _recovered,
+                    zip(low_rank, owners, strict=True),
+                    lens.memory_of(state.recovery_state),
+                )
+            )
+        ),
     )
 
 

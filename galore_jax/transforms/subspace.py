@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import BasisChange, overlap
 from galore_jax.projectors import (
+    HIGHEST,
     MatrixOperator,
     dense_operator,
     mean_operator,
+    orthonormalize,
     select_operator,
     working_dtype,
 )
-from galore_jax.projectors.orthonormal import orthonormalize
 from galore_jax.transforms.config import LowRankConfig
+from galore_jax.transport import BasisChange
 from galore_jax.views import LeafPlan
 
 
@@ -126,6 +127,23 @@ def unmoved(stored: Any, batch: jax.Array) -> Refreshed:
     return Refreshed(stored, jnp.zeros_like(batch, dtype=bool), zero, zero)
 
 
+def overlap(old: jax.Array, new: jax.Array) -> jax.Array:
+    r"""Share of a subspace that lies in another one, :math:`\|P_{old}^\top P_{new}\|_F^2 / r`.
+
+    The mean squared cosine of the angles between them: one for equal subspaces, whatever their
+    bases; rank / projected on average for two random ones.
+
+    Args:
+      old: ``[*batch, projected, rank]``, orthonormal columns.
+      new: The same.
+
+    Returns:
+      ``[*batch]``, between zero and one.
+    """
+    product = jnp.einsum("...pr,...ps->...rs", old, new, precision=HIGHEST)
+    return jnp.sum(product**2, axis=(-2, -1)) / old.shape[-1]
+
+
 def replaced(
     config: LowRankConfig,
     plan: LeafPlan,
@@ -148,17 +166,19 @@ def replaced(
     """
     encoded = config.codec.encode(basis.astype(working_dtype(plan.dtype)), key)
     pair = [config.codec.decode(x, basis.dtype, basis.shape) for x in (stored, encoded)]
+    axes = basis.ndim - 2
     if not config.projector.orthonormal:
         fill = jnp.eye(*basis.shape[-2:], dtype=basis.dtype)
-        pair = [over_batch(lambda b: orthonormalize(b, fill), b.ndim - 2)(b) for b in pair]
-    measures = [over_batch(fn, basis.ndim - 2) for fn in (overlap, config.refresh.similarity)]
+        pair = [over_batch(lambda b: orthonormalize(b, fill), axes)(b) for b in pair]
     # Columns in few bits are not quite orthonormal: a share may come out above one.
-    shares = [jnp.minimum(measure(*pair), 1).astype(jnp.float32) for measure in measures]
-    return Refreshed(
-        where_matrices(usable, encoded, stored),
-        usable,
-        *(jnp.where(usable, share, jnp.zeros_like(share)) for share in shares),
+    measures = (
+        [overlap] if config.refresh.similarity is None else [overlap, config.refresh.similarity]
     )
+    shares = [
+        jnp.minimum(over_batch(measure, axes)(*pair), 1).astype(jnp.float32) for measure in measures
+    ]
+    shares = [jnp.where(usable, share, jnp.zeros_like(share)) for share in shares]
+    return Refreshed(where_matrices(usable, encoded, stored), usable, shares[0], shares[-1])
 
 
 def refresh(
@@ -253,23 +273,20 @@ def over_batch(fn: Callable[..., jax.Array], axes: int) -> Callable[..., jax.Arr
 
 def where_matrices(condition: jax.Array, new: Any, old: Any) -> Any:
     """`new` where `condition` (batch axes), part by part of a stored form."""
-
-    def select(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(
-            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
-        )
-
-    return jax.tree.map(select, new, old)
+    axes = condition.ndim
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - axes)), a, b),
+        new,
+        old,
+    )
 
 
 def _concatenate(batch: tuple[int, ...], leaves: list[Any]) -> Any:
     """Stored forms ``[*batch, ...]`` of several leaves -> ``[leaves · matrices, ...]``."""
 
-    def flat(*parts: jax.Array) -> jax.Array:
-        rows = [part.reshape(-1, *part.shape[len(batch) :]) for part in parts]
-        return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
-
-    return jax.tree.map(flat, *leaves)
+    axes = len(batch)
+    rows = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), leaf) for leaf in leaves]
+    return rows[0] if len(rows) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
 
 
 def _split(batch: tuple[int, ...], count: int, flat: Any) -> list[Any]:

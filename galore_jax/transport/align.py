@@ -6,8 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from galore_jax.basis import HIGHEST
-from galore_jax.transport.base import Transport
+from galore_jax.transport.base import HIGHEST, Transport
 
 
 @dataclasses.dataclass(frozen=True)

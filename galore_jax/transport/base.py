@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
 
-from galore_jax.basis import BasisChange
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class BasisChange:
+    """The change of one leaf's bases in one step.
+
+    Args:
+      old: ``[*batch, projected, rank]`` before the step.
+      new: ``[*batch, projected, rank]`` after it; equal to `old` where nothing moved.
+      moved: ``bool[*batch]``.
+      was_initial: ``bool[*batch]``, True where `old` is the initial basis, which means nothing.
+    """
+
+    old: jax.Array
+    new: jax.Array
+    moved: jax.Array
+    was_initial: jax.Array
 
 
 class Transport:

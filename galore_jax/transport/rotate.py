@@ -9,8 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import HIGHEST, BasisChange
-from galore_jax.transport.base import Transport
+from galore_jax.transport.base import HIGHEST, BasisChange, Transport
 from galore_jax.transport.moments import (
     Moments,
     check_known,

@@ -63,6 +63,8 @@ class MatrixView:
 
     def entry(self, leaf: jax.Array, index: jax.Array | int = 0) -> jax.Array:
         """Entry number `index` along the flattened batch axes, in the leaf's own axis order."""
+        if not self.batch:
+            return leaf
         for axis, position in sorted(zip(self.batch, self.positions(index), strict=True))[::-1]:
             leaf = jax.lax.dynamic_index_in_dim(leaf, position, axis, keepdims=False)
         return leaf
@@ -70,6 +72,8 @@ class MatrixView:
     @functools.cached_property
     def unbatched(self) -> MatrixView:
         """The view of one `entry`."""
+        if not self.batch:
+            return self
         remaining = sorted(self.kept + self.projected)
         return MatrixView(
             shape=self._sizes(tuple(remaining)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import re
 from collections.abc import Callable
@@ -77,16 +78,16 @@ class LeafPlan:
     is_matrix: bool = False
     limit: int = 0
 
-    @property
+    @functools.cached_property
     def is_projected(self) -> bool:
         return self.view is not None
 
-    @property
+    @functools.cached_property
     def batch_shape(self) -> tuple[int, ...]:
         """Of its bases; no axes if it is not projected."""
         return self.view.batch_shape if self.view else ()
 
-    @property
+    @functools.cached_property
     def is_inexact(self) -> bool:
         """Whether the inner transformation sees this leaf at all."""
         return jnp.issubdtype(self.dtype, jnp.inexact)

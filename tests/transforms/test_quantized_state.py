@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import galore_jax as gj
-from galore_jax.basis import BasisChange
 from galore_jax.quant import PowerArray, power
+from galore_jax.transport import BasisChange
 
 SHAPES = {"big": (48, 64), "small": (5,), "tall": (2, 64, 32), "w": (16, 16)}
 LARGE = ("big", "tall")

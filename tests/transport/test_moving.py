@@ -11,7 +11,7 @@ from reference import numpy_galore as twin
 
 import galore_jax as gj
 from galore_jax import projectors
-from galore_jax.basis import BasisChange
+from galore_jax.transport import BasisChange
 
 SHAPE, RANK, GAP, STEPS = (10, 7), 3, 3, 11
 MOVED = jnp.asarray(True), jnp.asarray(False)  # and not for the first time
