@@ -49,7 +49,7 @@ class Bases(NamedTuple):
       moved: By kind, which of them are new.
       overlap: By kind, see `Refreshed`.
       similarity: By kind.
-      corrections: Per leaf whose gradient arrived projected, see `use_projected_gradient`.
+      arrived: R of the leaves whose gradients arrive projected, by their numbers.
       inner_state: Of the inner transformation, carried to the new bases.
     """
 
@@ -57,7 +57,7 @@ class Bases(NamedTuple):
     moved: dict[str, jax.Array]
     overlap: dict[str, jax.Array]
     similarity: dict[str, jax.Array]
-    corrections: list[Any]
+    arrived: dict[int, jax.Array]
     inner_state: Any
 
     def decoded(self, lens: Lens, leaf: int) -> jax.Array:
@@ -73,8 +73,7 @@ class Bases(NamedTuple):
         plan, config = lens.plans[leaf], lens.config
         if plan.is_projected:
             if isinstance(grad, ProjectedGradient):
-                value = grad.value.astype(config.state_dtype)
-                return projected.into_new_bases(value, self.corrections[leaf])
+                return self.arrived[leaf]
             return subspace.project(config, plan, grad, self.decoded(lens, leaf))
         if isinstance(grad, ProjectedGradient):
             raise ValueError(
@@ -115,46 +114,74 @@ def _refresh(lens: Lens, step: _Step) -> Bases:
     leaves = [
         LeafSubspace(*leaf, no_key) for leaf in zip(lens.plans, step.stored, *flags, strict=True)
     ]
-    questions = [jnp.any(due) for due in step.due.values()]
-    for leaf, grad in zip(leaves, step.gradients, strict=True):
-        if isinstance(grad, ProjectedGradient):
-            questions.append(projected.brings_bases(lens.config, leaf, grad))
-    if not questions:
-        return _bases(lens, step, {}, {})
-    return jax.lax.cond(
-        functools.reduce(jnp.logical_or, questions),
-        lambda: _refreshed(lens, step, leaves),
-        lambda: _kept(lens, step, leaves),
-    )
+    arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
+    unmoved = {
+        i: subspace.unmoved(x.stored, x.due) for i, x in enumerate(leaves) if x.due is not None
+    }
+
+    def refreshed() -> Bases:
+        found = unmoved | _find(lens, step, leaves)
+        return _bases(lens, step, found, _carry(lens, step, leaves, {} if arrived else found))
+
+    def kept() -> Bases:
+        return _bases(lens, step, unmoved, step.inner_state)
+
+    if len(arrived) == len(unmoved):
+        now = kept()
+    else:
+        is_due = functools.reduce(jnp.logical_or, map(jnp.any, step.due.values()))
+        now = jax.lax.cond(is_due, refreshed, kept)
+    if not arrived:
+        return now
+    # These have a question each, so that nobody's basis depends on another gradient.
+    for i in arrived:
+        leaf = leaves[i]._replace(key=lens.key(step.count, lens.plans[i], step.layer))
+        brought, value = projected.use_projected_gradient(lens.config, leaf, step.gradients[i])
+        now = _with_leaf(lens, now, i, brought, value)
+    moved = lens.per_leaf(now.moved)
+    found = {i: Refreshed(now.stored[i], moved[i], moved[i], moved[i]) for i in unmoved}
+    return now._replace(inner_state=_carry(lens, step, leaves, found))
 
 
-def _refreshed(lens: Lens, step: _Step, leaves: list[LeafSubspace]) -> Bases:
-    """The bases of a step that refreshes something."""
-    config, found, corrections = lens.config, {}, {}
+def _find(lens: Lens, step: _Step, leaves: list[LeafSubspace]) -> dict[int, Refreshed]:
+    """New bases from the gradients that exist."""
+    found: dict[int, Refreshed] = {}
     for members in _alike(lens):
-        own = {
-            i: leaves[i]._replace(key=lens.key(step.count, lens.plans[i], step.layer))
-            for i in members
-        }
-        arrived = [i for i in members if isinstance(step.gradients[i], ProjectedGradient)]
-        dense = [i for i in members if i not in arrived]
-        for i in arrived:
-            found[i], corrections[i] = projected.use_projected_gradient(
-                config, own[i], step.gradients[i]
-            )
+        dense = [i for i in members if not isinstance(step.gradients[i], ProjectedGradient)]
         if dense:
+            own = [
+                leaves[i]._replace(key=lens.key(step.count, lens.plans[i], step.layer))
+                for i in dense
+            ]
             matrices = [subspace.dense_matrices(lens.plans[i], step.gradients[i]) for i in dense]
-            results = subspace.refresh_due(config, [own[i] for i in dense], matrices)
+            results = subspace.refresh_due(lens.config, own, matrices)
             found.update(zip(dense, results, strict=True))
-    bases = _bases(lens, step, found, corrections)
-    if not config.transport.carries_state:
-        return bases
+    return found
+
+
+def _carry(lens: Lens, step: _Step, leaves: list[LeafSubspace], found: dict[int, Refreshed]) -> Any:
+    """The inner state in the new coordinates."""
+    if not lens.config.transport.carries_state or not found:
+        return step.inner_state
     changes = [
-        subspace.change_of(config, leaf, found[i]) if i in found else None
+        subspace.change_of(lens.config, leaf, found[i]) if i in found else None
         for i, leaf in enumerate(leaves)
     ]
-    carried = config.transport.carry(step.inner_state, lens.treedef, changes)
-    return bases._replace(inner_state=carried)
+    return lens.config.transport.carry(step.inner_state, lens.treedef, changes)
+
+
+def _with_leaf(lens: Lens, now: Bases, leaf: int, refreshed: Refreshed, value: jax.Array) -> Bases:
+    """The bases with those of a leaf replaced whose gradient arrived projected."""
+    name, members = next(kind for kind in lens.kinds.items() if leaf in kind[1])
+    stored, fields = list(now.stored), {}
+    stored[leaf] = refreshed.stored
+    for field in ("moved", "overlap", "similarity"):
+        flags, own = getattr(now, field), getattr(refreshed, field)
+        lone = len(members) == 1
+        fields[field] = flags | {
+            name: own if lone else flags[name].at[members.index(leaf)].set(own)
+        }
+    return now._replace(stored=stored, arrived=now.arrived | {leaf: value}, **fields)
 
 
 def _alike(lens: Lens) -> list[list[int]]:
@@ -172,21 +199,7 @@ def _alike(lens: Lens) -> list[list[int]]:
     return list(groups.values())
 
 
-def _kept(lens: Lens, step: _Step, leaves: list[LeafSubspace]) -> Bases:
-    """The bases of a step that refreshes nothing."""
-    found, corrections = {}, {}
-    for i, leaf in enumerate(leaves):
-        if not leaf.plan.is_projected:
-            continue
-        found[i] = subspace.unmoved(leaf.stored, leaf.due)
-        if isinstance(step.gradients[i], ProjectedGradient):
-            corrections[i] = projected.no_correction(leaf, step.gradients[i])
-    return _bases(lens, step, found, corrections)
-
-
-def _bases(
-    lens: Lens, step: _Step, found: dict[int, Refreshed], corrections: dict[int, Any]
-) -> Bases:
+def _bases(lens: Lens, step: _Step, found: dict[int, Refreshed], inner_state: Any) -> Bases:
     """The bases of all leaves from those that were found."""
     flags = [
         {
@@ -195,12 +208,8 @@ def _bases(
         }
         for field in ("moved", "overlap", "similarity")
     ]
-    return Bases(
-        [found[i].stored if i in found else stored for i, stored in enumerate(step.stored)],
-        *flags,
-        [corrections.get(i) for i in range(len(step.stored))],
-        step.inner_state,
-    )
+    stored = [found[i].stored if i in found else basis for i, basis in enumerate(step.stored)]
+    return Bases(stored, *flags, {}, inner_state)
 
 
 def decide(

@@ -16,8 +16,10 @@ from galore_jax.transforms.subspace import (
     decode,
     over_batch,
     replaced,
+    unmoved,
+    where_matrices,
 )
-from galore_jax.views import ProjectedGradient
+from galore_jax.views import LeafPlan, ProjectedGradient
 from galore_jax.views.leaves import Leaves
 
 
@@ -32,67 +34,54 @@ def use_projected_gradient(
       gradient: Projected gradient and the basis it was taken in.
 
     Returns:
-      The bases, and how R comes into their coordinates: where it was said which bases are new,
-      ``bool[*batch]``, True where R was projected onto several at once and means nothing (a sum
-      over micro-batches, each of which found a basis of its own); else the matrix to multiply it
-      with, ``[*batch, rank, rank]``, because the transport may have turned what is new.
-    """
-    plan = leaf.plan
-    basis = gradient.basis.astype(working_dtype(plan.dtype))
-    moved = _arrives(config, leaf, gradient)
-    if gradient.moved is not None:
-        several = moved & gradient.is_sum
-        return replaced(config, plan, leaf.stored, basis, moved & ~several, leaf.key), several
-    old = decode(config, plan, leaf.stored)
-    turned = over_batch(config.transport.turn, basis.ndim - 2)(basis, old)
-    turn = jnp.einsum("...pr,...ps->...rs", basis, turned, precision="highest")
-    turn = jnp.where(moved[..., None, None], turn, jnp.eye(plan.rank, dtype=turn.dtype))
-    return replaced(config, plan, leaf.stored, turned, moved, leaf.key), turn
-
-
-def no_correction(leaf: LeafSubspace, gradient: ProjectedGradient) -> jax.Array:
-    """The correction of a step on which no basis moves."""
-    if gradient.moved is not None:
-        return jnp.zeros_like(leaf.due)
-    eye = jnp.eye(leaf.plan.rank, dtype=working_dtype(leaf.plan.dtype))
-    return jnp.broadcast_to(eye, (*leaf.plan.batch_shape, *eye.shape))
-
-
-def into_new_bases(value: jax.Array, correction: jax.Array) -> jax.Array:
-    """R of a projected gradient, corrected as `use_projected_gradient` says."""
-    if correction.dtype == bool:
-        return jnp.where(correction[..., None, None], jnp.nan, value)
-    along = jnp.einsum("...kr,...rs->...ks", value.astype(correction.dtype), correction)
-    return along.astype(value.dtype)
-
-
-def brings_bases(
-    config: LowRankConfig, leaf: LeafSubspace, gradient: ProjectedGradient
-) -> jax.Array:
-    """Scalar: whether a projected gradient has a basis that is new.
+      The bases, never one that is not finite, and R in their coordinates. Where it was said which
+      bases are new they are taken as they are, and R is NaN where it was projected onto several at
+      once (a sum over micro-batches, each of which found a basis of its own). Else the transport
+      may turn what is new, and R with it.
 
     Raises:
       ValueError: Its arrays are not of the planned shapes.
     """
-    view, plan = leaf.plan.view, leaf.plan
-    assert view is not None
-    expected = view.low_rank_shape(plan.rank), view.basis_shape(plan.rank)
+    plan = leaf.plan
+    _check_shapes(plan, gradient)
+    basis = gradient.basis.astype(working_dtype(plan.dtype))
+    value = gradient.value.astype(config.state_dtype)
+    still = unmoved(leaf.stored, leaf.due)
+    usable = gradient.has_basis & jnp.all(jnp.isfinite(basis), axis=(-2, -1))
+    if gradient.moved is not None:
+        moved = gradient.moved & usable
+
+        def take_over() -> tuple[Refreshed, jax.Array]:
+            several = moved & gradient.is_sum
+            return replaced(config, plan, leaf.stored, basis, moved & ~several, leaf.key), several
+
+        refreshed, several = jax.lax.cond(
+            jnp.any(moved), take_over, lambda: (still, jnp.zeros_like(moved))
+        )
+        return refreshed, jnp.where(several[..., None, None], jnp.nan, value)
+
+    old = decode(config, plan, leaf.stored)
+    moved = usable & jnp.any(basis != old, axis=(-2, -1))
+
+    def turn() -> tuple[Refreshed, jax.Array]:
+        turned = over_batch(config.transport.turn, basis.ndim - 2)(basis, old)
+        change = jnp.einsum("...pr,...ps->...rs", basis, turned, precision="highest")
+        along = jnp.einsum("...kr,...rs->...ks", value.astype(old.dtype), change)
+        refreshed = replaced(config, plan, leaf.stored, turned, moved, leaf.key)
+        return refreshed, where_matrices(moved, along.astype(value.dtype), value)
+
+    return jax.lax.cond(jnp.any(moved), turn, lambda: (still, value))
+
+
+def _check_shapes(plan: LeafPlan, gradient: ProjectedGradient) -> None:
+    assert plan.view is not None
+    expected = plan.view.low_rank_shape(plan.rank), plan.view.basis_shape(plan.rank)
     seen = jnp.shape(gradient.value), jnp.shape(gradient.basis)
     if seen != expected:
         raise ValueError(
             f"leaf {plan.path!r}: a ProjectedGradient has value {seen[0]} and basis {seen[1]}, but "
             f"the lens needs value {expected[0]} and basis {expected[1]}."
         )
-    return jnp.any(_arrives(config, leaf, gradient))
-
-
-def _arrives(config: LowRankConfig, leaf: LeafSubspace, gradient: ProjectedGradient) -> jax.Array:
-    """``bool[*batch]``, which bases of a projected gradient are new and finite."""
-    moved = gradient.moved
-    if moved is None:
-        basis = gradient.basis.astype(working_dtype(leaf.plan.dtype))
-        moved = jnp.any(basis != decode(config, leaf.plan, leaf.stored), axis=(-2, -1))
-    return moved & gradient.has_basis & jnp.all(jnp.isfinite(gradient.basis), axis=(-2, -1))
 
 
 def updates_like(updates: optax.Updates, params: optax.Params | None) -> Any:
