@@ -15,7 +15,8 @@ LAYERS = [
     {"quant"},
     {"projectors", "refresh", "transport", "codecs"},
     {"transforms"},
-    {"alias", "describe", "backward", "layerwise", "sharding", "memory", "diagnostics"},
+    {"alias", "describe", "backward", "sharding", "memory", "diagnostics"},
+    {"layerwise"},
     {"__init__"},
 ]
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 import stacked_model as sm
+from galore_jax.layerwise.reach import RANDOM, Reach, reach
 
 import galore_jax as gj
 from galore_jax import layerwise
 from galore_jax.layerwise.coupling import check_uncoupled
-from galore_jax.layerwise.reach import RANDOM, Reach, reach
 from galore_jax.layerwise.slices import state_axes
 from galore_jax.transforms import streaming
 
