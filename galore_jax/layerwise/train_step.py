@@ -115,8 +115,9 @@ def train_step(
       has_aux: Whether `head` returns a pair.
       clip_norm: Clips by the global norm of this step's gradient, as `optax.clip_by_global_norm` in
         front of `tx` would; of projected gradients it is the norm of R. It has to be known before
-        the first update, so that the blocks are passed backwards twice. `layerwise.clip_by_previous_norm` needs neither. In a window it clips
-        each micro-batch by itself.
+        the first update, so that the blocks are passed backwards twice, and gradients that are
+        formed are reduced between devices at full size. `layerwise.clip_by_previous_norm` needs
+        neither. In a window it clips each micro-batch by itself.
       skip_nonfinite: A step whose loss is not finite changes nothing. With a finite loss, a block
         keeps its parameters and its state if its own gradient is not finite, and outside the blocks
         every leaf does so by itself; counts advance. With a window anywhere in the state such a

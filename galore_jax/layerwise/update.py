@@ -17,7 +17,7 @@ from galore_jax.transforms import AccumulateState, apply_updates
 from galore_jax.views import ProjectedGradient
 from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox
 
-# Numbers of leaves -> whether the gradients of all of them are finite; of none: whether the step is.
+# Numbers of leaves -> whether their gradients are finite; of none: whether the step is.
 Finite = Callable[[Numbers], jax.Array]
 # (gradients, finite) -> the gradients that the update gets, and what it is to take for finite.
 Nonfinite = Callable[[Any, Finite], tuple[Any, Finite]]
