@@ -10,6 +10,11 @@ import jax.numpy as jnp
 AxisName = str | tuple[str, ...] | None
 
 
+def names(axis_name: AxisName) -> tuple[str, ...]:
+    """The axes as a tuple."""
+    return (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+
+
 def mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """The mean over devices; `x` itself without an axis."""
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
@@ -28,8 +33,7 @@ def largest(magnitude: jax.Array, axis_name: AxisName) -> jax.Array:
 
 def varying(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """`x` as something that is different on every device, for whoever keeps track of that."""
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    missing = tuple(name for name in names if name not in jax.typeof(x).mat.varying)
+    missing = tuple(name for name in names(axis_name) if name not in jax.typeof(x).mat.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
@@ -57,9 +61,8 @@ def mean_like(x: jax.Array, like: jax.Array, axis_name: AxisName) -> jax.Array:
 
     Where nobody keeps track, `x` stays local.
     """
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     varying = varying_axes(x, like)
-    return mean(x, tuple(name for name in names if name in varying) or None)
+    return mean(x, tuple(name for name in names(axis_name) if name in varying) or None)
 
 
 def check_axis_name(axis_name: AxisName) -> AxisName:

@@ -17,7 +17,8 @@ LAYERS = [
     {"codecs"},
     {"projectors", "recovery", "refresh", "transport"},
     {"transforms"},
-    {"alias", "describe", "backward", "layerwise", "memory", "metrics", "sharding"},
+    {"alias", "backward", "describe", "memory", "metrics", "sharding"},
+    {"layerwise"},
     {"__init__"},
 ]
 MODULES = sorted(ROOT.rglob("*.py"))

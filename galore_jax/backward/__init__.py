@@ -1,8 +1,9 @@
 """Backward passes that never form the gradients they are asked for."""
 
+from galore_jax.backward.flax import dot_general, promote_dtype
 from galore_jax.backward.gradient import projected_value_and_grad, pullback
-from galore_jax.backward.hooks import dot_general, promote_dtype
-from galore_jax.backward.weight import ProjectedWeight, einsum, matmul
+from galore_jax.backward.weight import ProjectedWeight, einsum
+from galore_jax.quant import matmul
 
 __all__ = [
     "ProjectedWeight",

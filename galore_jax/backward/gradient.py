@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import mapped
-from galore_jax.backward.probes import Probes, gradient_of, no_probes
+from galore_jax.backward.slots import CotangentSlots, gradient_of, zero_slots
 from galore_jax.backward.weight import ProjectedWeight
 from galore_jax.quant import DifferentiableWeight, QuantizedArray
-from galore_jax.transforms import subspace
+from galore_jax.quant.weight import Label
+from galore_jax.transforms import AccumulateState, LowRankState, subspace
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.lenses import lens_leaves, with_configs
+from galore_jax.transforms.lenses import find_lenses, lens_leaves, with_configs
 from galore_jax.transforms.subspace import LeafSubspace
 from galore_jax.views.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
 
@@ -80,12 +81,14 @@ def projected_value_and_grad(
     """
 
     def value_and_grad_fn(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
-        leaves = _Leaves(params, with_configs(opt_state, tx, params))
+        opt_state = with_configs(opt_state, tx, params)
+        leaves = _Leaves(params, opt_state, find_lenses(opt_state))
+        leaves.check_projectors()
 
-        def loss_of_probes(probes: list[Any]) -> Any:
-            return loss_fn(leaves.attach(probes), *args, **kwargs)
+        def loss_of_slots(slots: list[Any]) -> Any:
+            return loss_fn(leaves.attach(slots), *args, **kwargs)
 
-        value, cotangents = jax.value_and_grad(loss_of_probes, has_aux=has_aux)(leaves.probes())
+        value, cotangents = jax.value_and_grad(loss_of_slots, has_aux=has_aux)(leaves.slots())
         return value, leaves.collect(cotangents)
 
     return value_and_grad_fn
@@ -96,6 +99,11 @@ def pullback(
 ) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """The output of `fn`, and the function that takes its cotangent back.
 
+    Gradients of projected leaves come projected where a lens is the first to see them. They are
+    formed, and the lens projects them, if its projector needs the gradient itself (`svd`,
+    `gram_eigh`), or if anything stands in front of the lens or around it that would take the arrays
+    of a projected gradient for gradients (`optax.clip`, `optax.MultiSteps`; not `accumulate`).
+
     Args:
       fn: ``fn(params, *inputs)``, a function of parameters as `projected_value_and_grad` wants it.
       params: Its parameters.
@@ -105,7 +113,7 @@ def pullback(
 
     Returns:
       The output, and a function from its cotangent to ``(grads, *cotangents of inputs)``, with a
-      `ProjectedGradient` for every projected leaf.
+      `ProjectedGradient` for every leaf that is projected in the backward pass.
 
     Example:
       >>> import jax.numpy as jnp, galore_jax as gj
@@ -117,79 +125,116 @@ def pullback(
       >>> grads["w"].value.shape, dx.shape
       ((16, 2), (4, 16))
     """
-    leaves = _Leaves(params, opt_state, layer)
+    lenses = [lens for lens in _first_lenses(opt_state) if not lens.config.projector.forms_gradient]
+    leaves = _Leaves(params, opt_state, lenses, layer)
     output, pull = jax.vjp(
-        lambda probes, *inputs: fn(leaves.attach(probes), *inputs), leaves.probes(), *inputs
+        lambda slots, *inputs: fn(leaves.attach(slots), *inputs), leaves.slots(), *inputs
     )
 
     def collected(cotangent: Any) -> tuple[Any, ...]:
-        probes, *others = pull(cotangent)
-        return leaves.collect(probes), *others
+        slots, *others = pull(cotangent)
+        return leaves.collect(slots), *others
 
     return output, collected
 
 
-class _Leaves:
-    """The leaves of a parameter tree, and what each is differentiated by."""
+def _first_lenses(node: Any) -> list[LowRankState]:
+    """The lenses that get gradients as they are, or times a factor that all leaves share.
 
-    def __init__(self, params: Any, opt_state: Any, layer: Any = 0):
+    Other transformations in front of a lens, or around it, would take the arrays of a projected
+    gradient for gradients.
+    """
+    if isinstance(node, LowRankState):
+        return [node]
+    if isinstance(node, AccumulateState):  # projects before it adds up
+        return find_lenses(node)
+    if isinstance(node, optax.transforms.PartitionState):
+        return [lens for inner in node.inner_states.values() for lens in _first_lenses(inner)]
+    if isinstance(node, _TRANSPARENT):
+        return _first_lenses(node.inner_state)
+    if type(node) is tuple:  # a chain: what comes behind a lens does not get the gradient
+        behind = (child for child in node if not getattr(child, "scales_gradients", False))
+        return _first_lenses(next(behind, None))
+    return []
+
+
+_TRANSPARENT = (
+    optax.MaskedState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+
+
+class _Leaves:
+    """The leaves of a parameter tree, and the arrays that each is differentiated by.
+
+    Args:
+      params: The tree.
+      opt_state: State of the optimizer.
+      lenses: Those whose leaves are differentiated by slots.
+      layer: See `pullback`.
+    """
+
+    def __init__(self, params: Any, opt_state: Any, lenses: list[LowRankState], layer: Any = 0):
         self._params = params
         self._leaves, _ = flatten_leaves(params)
         self._paths = leaf_paths(params)
-        self._axis_names: dict[str, mapped.AxisName] = {}
-        self._subspaces: dict[str, tuple[LowRankConfig, LeafSubspace]] = {}
-        for config, subspaces, _ in lens_leaves(opt_state, params, layer):
-            for leaf in subspaces:
-                self._axis_names[leaf.plan.path] = config.axis_name
-                if leaf.plan.is_projected:
-                    _check_projector(config, leaf.plan.path)
-                    self._subspaces[leaf.plan.path] = config, leaf
+        self._axis_names: dict[int, mapped.AxisName] = {}
+        self._spaces: dict[int, tuple[LowRankConfig, LeafSubspace]] = {}
+        chosen = set(map(id, lenses))
+        spaces = lens_leaves(opt_state, params, layer)
+        for lens, (config, leaves, numbers) in zip(find_lenses(opt_state), spaces, strict=True):
+            self._axis_names |= dict.fromkeys(numbers, config.axis_name)
+            for number, leaf in zip(numbers, leaves, strict=True):
+                if leaf.plan.is_projected and id(lens) in chosen:
+                    self._spaces[number] = config, leaf
 
-    def probes(self) -> list[Any]:
+    def slots(self) -> list[Any]:
         """Per leaf what is differentiated by: the leaf itself, if it is an ordinary array."""
-        return [
-            self._probe(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)
-        ]
+        return [self._slot(number, leaf) for number, leaf in enumerate(self._leaves)]
 
-    def attach(self, probes: list[Any]) -> Any:
+    def attach(self, slots: list[Any]) -> Any:
         """The parameters as the model gets them."""
-        return rebox(self._params, list(map(self._attached, self._paths, self._leaves, probes)))
+        pairs = enumerate(zip(self._leaves, slots, strict=True))
+        return rebox(self._params, [self._attached(number, *pair) for number, pair in pairs])
 
     def collect(self, cotangents: list[Any]) -> Any:
-        """The gradients, from the cotangents of the probes."""
-        gradients = [gradient_of(c) if isinstance(c, Probes) else c for c in cotangents]
+        """The gradients, from the cotangents of the slots."""
+        gradients = [gradient_of(c) if isinstance(c, CotangentSlots) else c for c in cotangents]
         return rebox(self._params, gradients)
 
-    def _probe(self, path: str, leaf: Any) -> Any:
+    def check_projectors(self) -> None:
+        """Raises if a projector needs the gradient itself."""
+        for config, leaf in self._spaces.values():
+            if config.projector.forms_gradient:
+                raise ValueError(
+                    f"leaf {leaf.plan.path!r}: {config.projector} needs the gradient itself, which "
+                    "a projected backward pass does not form. Use randomized_svd, "
+                    "subspace_iteration or random_orthonormal, or jax.value_and_grad."
+                )
+
+    def _slot(self, number: int, leaf: Any) -> Any:
         # Gradients stay local to each device: it is the lens that takes their mean, and of R.
-        local = functools.partial(mapped.varying, axis_name=self._axis_names.get(path))
-        if path not in self._subspaces:
+        local = functools.partial(mapped.varying, axis_name=self._axis_names.get(number))
+        if number not in self._spaces:
             quantized = isinstance(leaf, QuantizedArray)
             return local(jnp.zeros(leaf.shape, leaf.dtype) if quantized else leaf)
-        config, space = self._subspaces[path]
-        probes = no_probes(space, config, subspace.decode(config, space.plan, space.stored))
-        return dataclasses.replace(probes, value=local(probes.value))
+        config, space = self._spaces[number]
+        slots = zero_slots(space, config, subspace.decode(config, space.plan, space.stored))
+        return dataclasses.replace(slots, value=local(slots.value))
 
-    def _attached(self, path: str, leaf: Any, probe: Any) -> Any:
-        if path not in self._subspaces:
-            return DifferentiableWeight(leaf, probe) if is_one_leaf(leaf) else probe
-        config, space = self._subspaces[path]
+    def _attached(self, number: int, leaf: Any, slot: Any) -> Any:
+        if number not in self._spaces:
+            label = Label(self._paths[number])
+            return DifferentiableWeight(leaf, slot, label) if is_one_leaf(leaf) else slot
+        config, space = self._spaces[number]
         return ProjectedWeight(
             weight=jax.lax.stop_gradient(leaf),
-            probes=probe,
+            slots=slot,
             stored=space.stored,
             due=space.due,
             refreshes=space.refreshes,
             key=space.key,
             plan=space.plan,
             config=config,
-        )
-
-
-def _check_projector(config: LowRankConfig, path: str) -> None:
-    if config.projector.forms_gradient:
-        raise ValueError(
-            f"leaf {path!r}: {config.projector} needs the gradient itself, which a projected "
-            "backward pass does not form. Use randomized_svd, subspace_iteration or "
-            "random_orthonormal, or jax.value_and_grad."
         )

@@ -1,4 +1,4 @@
-"""Weights whose gradients are projected as they arise, and products with weights of any kind."""
+"""Weights whose gradients are projected as they arise, and their products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax import mapped, quant
+from galore_jax import mapped
 from galore_jax.backward.contraction import (
     Contraction,
     check_sizes,
@@ -18,15 +18,14 @@ from galore_jax.backward.contraction import (
     matmul_contraction,
     projected_contraction,
 )
-from galore_jax.backward.probes import Probes, cotangents_of
+from galore_jax.backward.slots import CotangentSlots, cotangents_of
 from galore_jax.meshes import compiler_chooses
 from galore_jax.projectors import working_dtype
-from galore_jax.quant import QuantizedArray, dequantize
+from galore_jax.quant.weight import WrappedWeight, decoded
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.subspace import LeafSubspace
 from galore_jax.views import LeafPlan
-from galore_jax.views.leaves import OneLeaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,8 @@ class _Static:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ProjectedWeight(OneLeaf):
+@dataclasses.dataclass(frozen=True, repr=False)
+class ProjectedWeight(WrappedWeight):
     """A weight whose gradient is projected inside the backward pass, and never formed.
 
     Multiply with `galore_jax.matmul`, ``x @ w`` or `galore_jax.backward.einsum`, in one product:
@@ -51,7 +50,7 @@ class ProjectedWeight(OneLeaf):
 
     Args:
       weight: The array or the `quant.QuantizedArray`.
-      probes: What is differentiated by.
+      slots: The arrays that are differentiated by.
       stored: Stored form of the bases.
       due: ``bool[*batch]``, which bases are recomputed in this backward pass.
       refreshes: ``int32[*batch]``, how often they have been.
@@ -70,7 +69,7 @@ class ProjectedWeight(OneLeaf):
     """
 
     weight: Any
-    probes: Probes
+    slots: CotangentSlots
     stored: Any
     due: jax.Array
     refreshes: jax.Array
@@ -79,16 +78,9 @@ class ProjectedWeight(OneLeaf):
     config: LowRankConfig = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
-
-    @property
-    def dtype(self) -> Any:
-        return self.weight.dtype
+    def path(self) -> str:
+        """The path of the leaf."""
+        return self.plan.path
 
     @property
     def subspace(self) -> LeafSubspace:
@@ -108,12 +100,12 @@ class ProjectedWeight(OneLeaf):
         plan = dataclasses.replace(self.plan, shape=self.shape, view=here)
         return LeafSubspace(plan, self.stored, self.due, self.refreshes, self.key)
 
-    def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def decoded(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The array, whose gradient is formed before it is projected."""
-        return _array(self._static(None), self.weight, self.probes, self._leaf).astype(dtype)
+        return _array(self._static(None), self.weight, self.slots, self._leaf).astype(dtype)
 
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self)
+    def matmul(self, x: jax.Array) -> jax.Array:
+        return product(matmul_contraction(jnp.ndim(x), self.ndim), x, self)
 
     def __getitem__(self, index: Any) -> ProjectedWeight:
         """One entry along leading batch axes; an ellipsis for all of it."""
@@ -125,53 +117,12 @@ class ProjectedWeight(OneLeaf):
                 "ProjectedWeight can be indexed."
             ) from error
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # protocols that are asked for
-            raise AttributeError(name)
-        raise AttributeError(
-            f"leaf {self.plan.path!r} is a ProjectedWeight, which has no {name!r}: multiply with "
-            "galore_jax.matmul, x @ w or galore_jax.backward.einsum, or ask for the array with "
-            "w.astype(dtype), whose gradient is formed."
-        )
-
     def _static(self, product: Contraction | None) -> _Static:
         return _Static(product, self.config, self.subspace.plan)
 
     @property
     def _leaf(self) -> LeafSubspace:
         return self.subspace._replace(plan=None)  # type: ignore[arg-type]  # static
-
-
-def decoded(weight: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The array that a weight of any kind stands for."""
-    stored = isinstance(weight, QuantizedArray)
-    return (jax.lax.stop_gradient(dequantize(weight)) if stored else weight).astype(dtype)
-
-
-def matmul(x: jax.Array, w: Any) -> jax.Array:
-    """Activations times a weight, whatever the weight is stored as.
-
-    Args:
-      x: ``[..., in]``.
-      w: ``[in, out]``: an array, a `quant.QuantizedArray`, or what `quant.value_and_grad` or
-        `projected_value_and_grad` puts in its place. Leading axes broadcast as in
-        `jax.numpy.matmul`.
-
-    Returns:
-      ``[..., out]`` in the dtype of `x`. The gradient with respect to a stored weight is that of
-      the decoded one; a bare `QuantizedArray` is a constant.
-
-    Raises:
-      ValueError: The axes of a projected leaf are not those of the product.
-
-    Example:
-      >>> import jax.numpy as jnp, galore_jax as gj
-      >>> gj.matmul(jnp.ones((3, 4)), gj.quant.quantize(jnp.ones((4, 2)))).shape
-      (3, 2)
-    """
-    if isinstance(w, ProjectedWeight):
-        return product(matmul_contraction(jnp.ndim(x), w.ndim), x, w)
-    return quant.matmul(x, w)
 
 
 def einsum(subscripts: str, x: jax.Array, w: Any) -> jax.Array:
@@ -210,37 +161,39 @@ def product(contraction: Contraction, x: jax.Array, w: ProjectedWeight) -> jax.A
     static = w._static(contraction)
     projected_contraction(contraction, static.plan)
     check_sizes(contraction, x.shape, static.plan)
-    return _product(static, x, w.weight, w.probes, w._leaf)
+    return _product(static, x, w.weight, w.slots, w._leaf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(
-    static: _Static, x: jax.Array, weight: Any, probes: Probes, leaf: LeafSubspace
+    static: _Static, x: jax.Array, weight: Any, slots: CotangentSlots, leaf: LeafSubspace
 ) -> jax.Array:
-    del probes, leaf
+    del slots, leaf
     return static.product(x, decoded(weight, x.dtype))
 
 
-def _product_fwd(static: _Static, x: jax.Array, weight: Any, probes: Probes, leaf: LeafSubspace):
-    return _product(static, x, weight, probes, leaf), (x, weight, probes, leaf)
+def _product_fwd(
+    static: _Static, x: jax.Array, weight: Any, slots: CotangentSlots, leaf: LeafSubspace
+):
+    return _product(static, x, weight, slots, leaf), (x, weight, slots, leaf)
 
 
 def _product_bwd(static: _Static, residuals: Any, dy: jax.Array):
-    x, _, probes, _ = residuals
+    x, _, slots, _ = residuals
     backward = functools.partial(_cotangents, static)
-    dx, cotangents = compiler_chooses(backward, residuals, dy, like=(x, probes))
+    dx, cotangents = compiler_chooses(backward, residuals, dy, like=(x, slots))
     return dx, None, cotangents, None
 
 
-def _cotangents(static: _Static, residuals: Any, dy: jax.Array) -> tuple[jax.Array, Probes]:
-    """Of the activations and of the probes."""
-    x, weight, probes, leaf = residuals
+def _cotangents(static: _Static, residuals: Any, dy: jax.Array) -> tuple[jax.Array, CotangentSlots]:
+    """Of the activations and of the slots."""
+    x, weight, slots, leaf = residuals
     leaf = leaf._replace(plan=static.plan)
     how = projected_contraction(static.product, static.plan)
     dx = static.product.cotangent_of_x(x, decoded(weight, x.dtype), dy)
     matrices = how.matrices(x, dy, working_dtype(static.plan.dtype))
     cotangents = cotangents_of(
-        static.config, leaf, probes, matrices, lambda basis: how.project(x, dy, basis), like=(x, dy)
+        static.config, leaf, slots, matrices, lambda basis: how.project(x, dy, basis), like=(x, dy)
     )
     return mapped.sum_like(dx, x), cotangents
 
@@ -249,30 +202,30 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _array(static: _Static, weight: Any, probes: Probes, leaf: LeafSubspace) -> jax.Array:
+def _array(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspace) -> jax.Array:
     del leaf
-    return mapped.varying(decoded(weight, static.plan.dtype), mapped.varying_axes(probes.value, ()))
+    return mapped.varying(decoded(weight, static.plan.dtype), mapped.varying_axes(slots.value, ()))
 
 
-def _array_fwd(static: _Static, weight: Any, probes: Probes, leaf: LeafSubspace):
-    return _array(static, weight, probes, leaf), (probes, leaf)
+def _array_fwd(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspace):
+    return _array(static, weight, slots, leaf), (slots, leaf)
 
 
 def _array_bwd(static: _Static, residuals: Any, gradient: jax.Array):
-    probes, _ = residuals
+    slots, _ = residuals
     backward = functools.partial(_cotangents_of_array, static)
-    return None, compiler_chooses(backward, residuals, gradient, like=probes), None
+    return None, compiler_chooses(backward, residuals, gradient, like=slots), None
 
 
-def _cotangents_of_array(static: _Static, residuals: Any, gradient: jax.Array) -> Probes:
-    """Of the probes."""
-    probes, leaf = residuals
+def _cotangents_of_array(static: _Static, residuals: Any, gradient: jax.Array) -> CotangentSlots:
+    """Of the slots."""
+    slots, leaf = residuals
     plan = static.plan
     assert plan.view is not None
     return cotangents_of(
         static.config,
         leaf._replace(plan=plan),
-        probes,
+        slots,
         subspace.dense_matrices(plan, gradient),
         functools.partial(plan.view.project, gradient),
         like=gradient,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves, leaf_paths
+from galore_jax.views.leaves import flatten_leaves
 
 
 class PreviousNormState(NamedTuple):
@@ -22,6 +22,9 @@ class PreviousNormState(NamedTuple):
 
     norm: jax.Array
 
+    # A projected gradient in front of a lens stays one.
+    scales_gradients = True
+
 
 def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
     r"""Clips by the global norm that the gradient had one step ago.
@@ -29,8 +32,8 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
     .. math::
       G_t \leftarrow G_t \min(1, c / \lVert G_{t-1} \rVert)
 
-    What `optax.clip_by_global_norm` would do needs all gradients before the first update; this
-    needs none, so it works under `layerwise.train_step`, where it costs nothing. A step whose norm
+    `optax.clip_by_global_norm` needs all gradients before the first update; this
+    needs none, so it works under `layerwise.train_step`, at no cost. A step whose norm
     jumps is not clipped itself, but the next one is. The first step is not clipped.
 
     Put it first in the chain. Ordinary steps can use it as well, on one device and without a window
@@ -78,7 +81,7 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
 
 
 def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
-    """What a gradient of this norm is multiplied by."""
+    """Factor on a gradient of this norm."""
     limit = jnp.asarray(max_norm, norm.dtype)
     return jnp.where(norm > limit, limit / norm, jnp.ones_like(norm))
 
@@ -107,14 +110,10 @@ def _square_sum(x: jax.Array) -> jax.Array:
     return jnp.sum(jax.lax.reduce_precision(jnp.square(x), info.nexp, info.nmant))
 
 
-def squares_by_path(gradients: Any, names: Collection[str]) -> dict[str, jax.Array]:
-    """The squares of the norms of some of the leaves, by their paths."""
+def squares_of(gradients: Any, numbers: Collection[int]) -> dict[int, jax.Array]:
+    """The squares of the norms of some of the leaves, by their numbers."""
     leaves, _ = flatten_leaves(gradients)
-    return {
-        path: square_sum(leaf)
-        for path, leaf in zip(leaf_paths(gradients), leaves, strict=True)
-        if path in names
-    }
+    return {number: square_sum(leaves[number]) for number in numbers}
 
 
 def norm_dtype(tree: Any) -> Any:

@@ -1,197 +1,187 @@
-"""Whether a transformation can be applied to one block before the gradients of the others exist."""
+"""Whether a transformation can be applied to one block before the gradients of the others exist.
+
+Its update is traced on one layer, and followed without looking at the arithmetic: an operation
+depends on all of its operands. Layers of one leaf cannot meet, because there is only one of them.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend import core
 
-from galore_jax.layerwise.reach import POSITION, RANDOM, Reach, reach
-from galore_jax.layerwise.slices import LayerAxes, at_depth, num_layers, same_structure
+from galore_jax.layerwise.slices import Layer, LayerAxes, check_unchanged, parts, paths_of
 from galore_jax.transforms import AccumulateState, LowRankState
 from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.state_tree import lens_on, likes_of
+from galore_jax.views import LeafPlan
+from galore_jax.views.leaves import Leaves, abstract, flatten_leaves, leaf_paths, unboxed
 
 _REMEDIES = (
     "A layer-wise step updates a block before the other gradients exist. Instead of "
-    "optax.clip_by_global_norm pass clip_norm= to train_step (exact; walks the blocks backwards "
-    "twice), or chain layerwise.clip_by_previous_norm (free). Instead of optax.apply_if_finite "
-    "leave skip_nonfinite=True. What takes a statistic of a whole leaf (clip_by_block_rms, trust "
-    "ratios) is applied to each layer by itself with layers_alone=True. Anything else needs an "
-    "ordinary step."
+    "optax.clip_by_global_norm pass clip_norm= to train_step (exact; passes the blocks backwards "
+    "twice), or chain layerwise.clip_by_previous_norm (at no cost). Instead of "
+    "optax.apply_if_finite leave skip_nonfinite=True. Anything else needs an ordinary step."
 )
 
-
-# Number of the layer, global norm.
-_SCALARS = (jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32))
+# Numbers of leaves, of other arrays behind them, and these.
+Numbers = frozenset[int]
+_NONE: Numbers = frozenset()
+_LAYER, _NORM, _RANDOM = -1, -2, -3
+_DRAWS = ("random_", "rng_", "threefry")
 
 
 class Reads(NamedTuple):
-    """Which gradients enter the results of an update.
+    """Numbers of the leaves whose gradients enter the results of an update.
+
+    Another number stands for the global norm of the step.
 
     Args:
-      updates: Per leaf of the updates, by its path, the paths of the gradients.
-      state: The same per array of the new state, in order.
+      updates: Per leaf of the updates.
+      state: Per array of the new state.
+      dates: Per array of the new state, whether it says that a basis is due, or new in a window.
     """
 
-    updates: dict[str, frozenset[str]]
-    state: tuple[frozenset[str], ...]
+    updates: list[Numbers]
+    state: list[Numbers]
+    dates: list[bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """An array of a gradient, parameter or state tree.
-
-    Args:
-      name: For messages.
-      axis: Its layer axis, if it has one.
-    """
-
-    name: str
-    axis: int | None
-
-
-def check_uncoupled(
-    tx: optax.GradientTransformationExtraArgs,
-    params: Any,
-    state_axes: LayerAxes,
-    *,
-    blocks: str,
-    layers_alone: bool,
-) -> Reads:
-    """Makes sure that a block can be updated when only its own gradient is there.
-
-    Looks at the traced program of ``tx.update``, on a step on which no basis moves: bases are found
-    and taken over matrix by matrix, but under one condition for all of them.
+def dependence(jaxpr: core.Jaxpr, inputs: Sequence[Numbers]) -> list[Numbers]:
+    """The union of the inputs that every result of a program depends on.
 
     Args:
-      tx: The transformation.
-      params: The parameters, or their shapes.
-      state_axes: The layer axes of its state.
-      blocks: Name of the stacked layers.
-      layers_alone: Whether layers of one leaf may depend on each other.
+      jaxpr: The program; its constants depend on nothing.
+      inputs: The numbers of every argument.
 
     Returns:
-      Which gradients enter which results.
+      Per result its numbers; those of random numbers without the number of the layer in their key
+      contain one that says so.
+    """
+    known: dict[Any, Numbers] = dict(zip(jaxpr.invars, inputs, strict=True))
+    for eqn in jaxpr.eqns:
+        results = _results(
+            eqn, [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in eqn.invars]
+        )
+        known.update(zip(eqn.outvars, results, strict=True))
+    return [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in jaxpr.outvars]
+
+
+def _results(eqn: Any, operands: list[Numbers]) -> list[Numbers]:
+    name, bodies = eqn.primitive.name, list(_bodies(eqn))
+    if name == "cond":
+        which, *arguments = operands
+        branches = [dependence(body, arguments) for body in bodies]
+        return [which.union(*branch) for branch in zip(*branches, strict=True)]
+    if name == "optimization_barrier":
+        return operands
+    if name not in ("scan", "while") and [len(body.invars) for body in bodies] == [len(operands)]:
+        return dependence(bodies[0], operands)
+    mixed = _NONE.union(*operands)
+    for body in bodies:
+        mixed = mixed.union(*dependence(body, [mixed] * len(body.invars)))
+    if name.startswith(_DRAWS):
+        mixed = mixed - {_RANDOM} if _LAYER in mixed else mixed | {_RANDOM}
+    return [mixed] * len(eqn.outvars)
+
+
+def _bodies(eqn: Any) -> Iterable[core.Jaxpr]:
+    """The programs inside an operation."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            body = part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
+            if isinstance(body, core.Jaxpr):
+                yield body
+
+
+def reads_of(
+    traced: jax.stages.Traced, here: Layer, gradients: Any, axes: LayerAxes, inside: list[bool]
+) -> Reads:
+    """The gradients that an update reads, after a check that layers can be updated one by one.
+
+    Args:
+      traced: ``(layer, norm, gradients, opt_state, params) -> (updates, opt_state)``.
+      here: Parameters and state of one layer, as it was traced with.
+      gradients: Likewise.
+      axes: The layer axes of parameters and state.
+      inside: Per leaf of the parameters, whether it is in the blocks.
 
     Raises:
-      ValueError: An update or state of one block depends on the gradient of anything else, or vice
-        versa. Names both.
+      ValueError: An update or state of a block depends on the gradient of anything else, or vice
+        versa; names both. Or results do not have the shapes of one layer.
     """
-    layers = num_layers(params, blocks)
-    shapes = at_depth(params, blocks, layers)
-    state = jax.eval_shape(tx.init, shapes)
-    traced, (updates, new_state) = jax.make_jaxpr(
-        lambda layer, norm, *trees: tx.update(*trees, layer=layer, grad_norm=norm),
-        return_shape=True,
-    )(*_SCALARS, shapes, state, params)
-    check_unchanged(state, new_state)
-    _check_lenses_see_the_layer(state, traced.jaxpr)
+    updates, state = traced.out_info
+    check_unchanged(here.opt_state, state)
+    leaves, treedef = flatten_leaves(here.params)
+    changes = treedef.flatten_up_to(unboxed(updates))
+    paths = leaf_paths(here.params)
+    _check_shapes(paths, leaves, changes)
+    _check_layer_is_used(here, inside, traced.jaxpr.jaxpr)
 
-    gradients, results = _places(shapes, blocks), _places(updates, blocks)
-    names = [f"the state {name!r}" for name in _names(state)]
-    states = [_Place(name, axis) for name, axis in zip(names, state_axes.axes, strict=True)]
-    found = reach(
-        traced.jaxpr,
+    dates = _dates(state)
+    stacked = [axis is not None for axis in axes.axes]
+    arrays = len(parts(here.params))
+    own_arrays, own_state = stacked[:arrays], stacked[arrays:]
+    # Of state and parameters, what differs from layer to layer is nothing to read from outside;
+    # except that any basis is due, which says that all of them are looked at.
+    hidden = [own and not date for own, date in zip(own_state, dates, strict=True)]
+    states = [f"the state {name!r}" for name in paths_of(state)]
+    names = [*map(repr, paths), *states, *(f"the parameter {p!r}" for p in paths_of(here.params))]
+    others = enumerate([*hidden, *own_arrays], len(paths))
+    found = dependence(
+        traced.jaxpr.jaxpr,
         [
-            *(Reach() for _ in _SCALARS),
-            *map(_gradient, gradients),
-            *map(_read, states, _is_moving(state)),
-            *map(_read, _places(params, blocks)),
+            frozenset([_LAYER]),
+            frozenset([_NORM]),
+            *(frozenset([n]) for n, g in enumerate(flatten_leaves(gradients)[0]) for _ in parts(g)),
+            *(frozenset([n]) if own else _NONE for n, own in others),
         ],
-        layers,
     )
-    alone = layers_alone or layers == 1
-    for place, result in zip(results + states, found, strict=True):
-        problem = _outside(result) if place.axis is None else _inside(place, result, alone)
-        if problem:
-            subject = place.name if place in states else f"the update of {place.name!r}"
+    results = iter(found)
+    of_updates = [_NONE.union(*(next(results) for _ in parts(x))) for x in changes]
+    of_state = list(results)
+    subjects = [f"the update of {path!r}" for path in paths] + states
+    for subject, own, numbers in zip(
+        subjects, [*inside, *own_state], [*of_updates, *of_state], strict=True
+    ):
+        if problem := _problem(numbers, own, inside, names):
             raise ValueError(f"{subject} depends on {problem}. {_REMEDIES}")
-    known = {place.name for place in gradients}
-    reads = [(result.layers | result.outside) & known for result in found]
-    by_leaf = {place.name: read for place, read in zip(results, reads, strict=False)}
-    return Reads(by_leaf, tuple(reads[len(results) :]))
+    known = frozenset([_NORM, *range(len(paths))])
+    return Reads(
+        updates=[numbers & known for numbers in of_updates],
+        state=[numbers & known for numbers in of_state],
+        dates=dates,
+    )
 
 
-def check_unchanged(old: Any, new: Any) -> None:
-    """Raises unless two states have the same structure, shapes and dtypes."""
-    if not same_structure(old, new):
-        raise ValueError(
-            "the update changes the structure of the optimizer state, or `opt_state` is not "
-            f"tx.init(params):\n{jax.tree.structure(old)}\n{jax.tree.structure(new)}"
-        )
-    for name, a, b in zip(_names(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        if (jnp.shape(a), jnp.result_type(a)) != (jnp.shape(b), jnp.result_type(b)):
-            raise ValueError(
-                f"the optimizer state {name!r} is {jnp.result_type(a)}{list(jnp.shape(a))} on one "
-                f"side and {jnp.result_type(b)}{list(jnp.shape(b))} on the other: `opt_state` is "
-                "not tx.init(params), or an update changes it."
+def _problem(numbers: Numbers, own: bool, inside: list[bool], names: list[str]) -> str | None:
+    """Anything that a result must not depend on, if it is `own` to a block, or if it is not."""
+    known = sorted(n for n in numbers if n >= 0)
+    if own:
+        if foreign := [names[n] for n in known if n < len(inside) and not inside[n]]:
+            return f"the gradient of {_listed(foreign)}, outside the blocks"
+        if _RANDOM in numbers:
+            return (
+                "random numbers that are the same for every layer. Derive their key from the "
+                "extra argument `layer` of update"
             )
+        if _NORM in numbers:
+            return "the global norm of this step (the extra argument `grad_norm` of update)"
+        return None
+    foreign = [names[n] for n in known if n >= len(inside) or inside[n]]
+    return f"{_listed(foreign)}, which is in the blocks" if foreign else None
 
 
-def _check_lenses_see_the_layer(state: Any, jaxpr: core.Jaxpr) -> None:
-    """Raises if a wrapper keeps the extra argument `layer` from the lenses inside it."""
-    layer = jaxpr.invars[0]
-    used = any(layer is atom for eqn in jaxpr.eqns for atom in eqn.invars)
-    bases = [x for lens in find_lenses(state) for x in jax.tree.leaves(lens.projectors)]
-    if any(x.ndim for x in bases) and not used:
-        raise ValueError(
-            "the lens does not learn the number of the layer, because a transformation around it "
-            "drops extra arguments. Make that one an optax.GradientTransformationExtraArgs that "
-            "passes them on; for optax.MultiSteps: "
-            "optax.GradientTransformationExtraArgs(steps.init, steps.update)."
-        )
+def _listed(names: list[str]) -> str:
+    first, *rest = names
+    return first + (f" (and {len(rest)} more)" if rest else "")
 
 
-def _inside(place: _Place, result: Reach, alone: bool) -> str | None:
-    """What a result of one block must not depend on."""
-    if RANDOM in result.outside:
-        return (
-            "random numbers drawn for all layers at once, which a slice of one layer would draw "
-            "differently"
-        )
-    if POSITION in result.outside:
-        return (
-            "the number of the layer (a jnp.arange over the layers), which a slice of one layer "
-            "does not show; the extra argument `layer` of update does"
-        )
-    if result.outside:
-        return f"the gradient of {_listed(result.outside)}, outside the blocks"
-    aligned = result.axis == place.axis and result.start is None
-    if result.layers and not aligned and not alone:
-        return f"other layers of {_listed(result.layers)}"
-    return None
-
-
-def _outside(result: Reach) -> str | None:
-    """What a result outside the blocks must not depend on."""
-    return f"{_listed(result.layers)}, which is in the blocks" if result.layers else None
-
-
-def _gradient(place: _Place) -> Reach:
-    if place.axis is None:
-        return Reach(outside=frozenset([place.name]))
-    return Reach(layers=frozenset([place.name]), axis=place.axis)
-
-
-def _read(place: _Place, zero: bool = False) -> Reach:
-    """State or parameters: those outside the blocks are there all the time."""
-    if place.axis is None or zero:
-        return Reach(zero=zero)
-    return Reach(layers=frozenset([place.name]), axis=place.axis)
-
-
-def _places(tree: Any, blocks: str) -> list[_Place]:
-    inside = jax.tree.leaves({k: jax.tree.map(lambda _, k=k: k == blocks, tree[k]) for k in tree})
-    return [_Place(n, 0 if own else None) for n, own in zip(_names(tree), inside, strict=True)]
-
-
-def _is_moving(state: Any) -> list[bool]:
-    """Per array of a state whether it says that a basis is to be refreshed, or has been."""
+def _dates(state: Any) -> list[bool]:
+    """Per array of a state, whether it says that a basis is to be refreshed, or has been."""
 
     def mark(node: Any) -> Any:
         marked = jax.tree.map(lambda _: False, node)
@@ -210,11 +200,52 @@ def _is_moving(state: Any) -> list[bool]:
     return jax.tree.leaves(marks(state))
 
 
-def _names(tree: Any) -> list[str]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+def _check_shapes(paths: list[str], params: list[Any], updates: list[Any]) -> None:
+    """Raises if an update has grown: by an array for all layers, in the transformation itself."""
+    for path, param, update in zip(paths, params, updates, strict=True):
+        expected = abstract(param).shape
+        if parts(update) and jnp.shape(update) != expected:
+            raise ValueError(
+                f"the update of {path!r} has shape {jnp.shape(update)} where its parameter has "
+                f"{expected}: the transformation holds an array for all layers, but gets one layer "
+                "at a time. Keep the array in its state, or pick its entry by the extra argument "
+                "`layer` of update."
+            )
 
 
-def _listed(names: Sequence[str] | frozenset[str]) -> str:
-    first, *rest = sorted(names)
-    return f"{first!r}" + (f" (and {len(rest)} more)" if rest else "")
+def check_layers_apart(whole: Layer, inside: list[bool]) -> None:
+    """Raises if the layer axis of a leaf is an axis of its matrices.
+
+    Args:
+      whole: Parameters and state of all layers.
+      inside: Per leaf of the parameters, whether it is in the blocks.
+    """
+    for plan in _projected(whole, inside):
+        if plan.view is not None and 0 not in plan.view.batch:
+            raise ValueError(
+                f"leaf {plan.path!r} of shape {plan.shape} is projected across its layers: a stack "
+                "of vectors is taken for a matrix (axes, targets)."
+            )
+
+
+def _check_layer_is_used(here: Layer, inside: list[bool], jaxpr: core.Jaxpr) -> None:
+    """Raises if a wrapper keeps the extra argument `layer` from the lenses inside it."""
+    layer = jaxpr.invars[0]
+    used = any(layer is atom for eqn in jaxpr.eqns for atom in eqn.invars)
+    if not used and any(_projected(here, inside)):
+        raise ValueError(
+            "the lens does not learn the number of the layer, because a transformation around it "
+            "drops extra arguments. Make that one an optax.GradientTransformationExtraArgs that "
+            "passes them on; for optax.MultiSteps: "
+            "optax.GradientTransformationExtraArgs(steps.init, steps.update)."
+        )
+
+
+def _projected(layer: Layer, inside: list[bool]) -> Iterable[LeafPlan]:
+    """The plans of the leaves in the blocks that some lens projects."""
+    likes = likes_of(Leaves.of(layer.params))
+    for state in find_lenses(layer.opt_state):
+        lens, owners = lens_on(state, likes)
+        for plan, like in zip(lens.plans, owners, strict=True):
+            if inside[like.owner] and plan.is_projected:
+                yield plan

@@ -1,4 +1,4 @@
-"""Who takes the mean of what, where every device has gradients of its own."""
+"""Means over mapped axes, where every device has gradients of its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from galore_jax import mapped
 from galore_jax.layerwise.clipping import square_sum
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.layerwise.slices import Layer
+from galore_jax.transforms.lenses import lens_leaves
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox
+from galore_jax.views.leaves import flatten_leaves, rebox
 
 
 class Devices(NamedTuple):
@@ -20,11 +21,11 @@ class Devices(NamedTuple):
 
     Args:
       axes: Their names, all that some lens has for its `axis_name`; none on a single device.
-      reduced: Paths of the leaves that such a lens reduces, projected or not.
+      reduced: Numbers of the leaves that such a lens reduces, projected or not.
     """
 
     axes: tuple[str, ...]
-    reduced: frozenset[str]
+    reduced: frozenset[int]
 
     def mean(self, x: jax.Array) -> jax.Array:
         """The mean over devices; not finite if it is not finite on one of them."""
@@ -42,45 +43,38 @@ class Devices(NamedTuple):
 
     def left_over(self, gradients: Any) -> Any:
         """Those that no lens will reduce, averaged; of the others, what this device has."""
-        if not self.axes:
-            return gradients
-        leaves, _ = flatten_leaves(gradients)
-        means = [
-            leaf if path in self.reduced else self.mean(leaf)
-            for path, leaf in zip(leaf_paths(gradients), leaves, strict=True)
-        ]
-        return rebox(gradients, means)
+        return self._unreduced(self.mean, gradients)
 
     def local(self, pullback: Callable[..., Any]) -> Callable[..., Any]:
         """A pullback whose gradients stay local, those that no lens will reduce included."""
 
         def pulled(fn: Any, params: Any, *args: Any, **options: Any) -> Any:
-            leaves, _ = flatten_leaves(params)
-            own = [
-                leaf if path in self.reduced else self.varying(leaf)
-                for path, leaf in zip(leaf_paths(params), leaves, strict=True)
-            ]
-            return pullback(fn, rebox(params, own), *args, **options)
+            return pullback(fn, self._unreduced(self._varying, params), *args, **options)
 
         return pulled if self.axes else pullback
 
-    def varying(self, tree: Any) -> Any:
+    def _varying(self, leaf: Any) -> Any:
         """Arrays as something that JAX does not take for equal on all devices."""
-        return jax.tree.map(lambda x: mapped.varying(x, self.axes), tree)
+        return jax.tree.map(lambda x: mapped.varying(x, self.axes), leaf)
+
+    def _unreduced(self, fn: Callable[[Any], Any], tree: Any) -> Any:
+        """`tree` with `fn` applied to the leaves that no lens reduces."""
+        if not self.axes:
+            return tree
+        leaves = enumerate(flatten_leaves(tree)[0])
+        return rebox(tree, [leaf if n in self.reduced else fn(leaf) for n, leaf in leaves])
 
 
-def devices_of(opt_state: Any) -> Devices:
+def devices_of(whole: Layer) -> Devices:
     """The devices that the lenses of an optimizer state know of."""
-    lenses = [lens for lens in find_lenses(opt_state) if lens.config.axis_name]
-    axes: frozenset[str] = frozenset().union(*(_names(lens.config.axis_name) for lens in lenses))
-    reduced = frozenset(
-        path for lens in lenses for path in leaf_paths(lens.refresh_state.refreshes)
+    mapped_over = [
+        (mapped.names(lens.config.axis_name), lens.owners)
+        for lens in lens_leaves(whole.opt_state, whole.params)
+    ]
+    return Devices(
+        tuple(sorted({name for names, _ in mapped_over for name in names})),
+        frozenset(number for names, numbers in mapped_over if names for number in numbers),
     )
-    return Devices(tuple(sorted(axes)), reduced)
-
-
-def _names(axis_name: mapped.AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else axis_name or ()
 
 
 def _is_floating(x: jax.Array) -> bool:

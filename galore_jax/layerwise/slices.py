@@ -1,4 +1,4 @@
-"""Which arrays of a tree have the layer axis, and one layer of them.
+"""The layer axis of every array of a training state, and one layer of it.
 
 A slice keeps the axis, with size one: axes that somebody named, and codes in blocks, mean the same
 in it as in the whole.
@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from galore_jax.quant import QuantizedArray
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths
+from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths, rebox
+
+
+class Layer(NamedTuple):
+    """Parameters and optimizer state: the whole, or of the stacked arrays one layer."""
+
+    params: Any
+    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerAxes:
-    """Where every array of a tree has the layer axis.
+    """The layer axis of every array of a tree.
 
     Args:
       treedef: Structure of the tree.
@@ -67,19 +74,54 @@ class LayerAxes:
         return [axis for axis in self.axes if axis is not None]
 
 
-def params_axes(params: Any, blocks: str) -> LayerAxes:
-    """The layer axes of parameters: the first ones of ``params[blocks]``.
+def layer_axes(
+    tx: optax.GradientTransformation, whole: Layer, blocks: str, inside: list[bool]
+) -> LayerAxes:
+    """The layer axes of parameters and state: those of the state from two numbers of layers.
+
+    Args:
+      tx: The optimizer.
+      whole: Parameters, stacked along the first axis under `blocks`, and ``tx.init`` of them.
+      blocks: Name of the stacked layers.
+      inside: Per leaf of the parameters, whether it is one of them.
+
+    Raises:
+      ValueError: The state is of other parameters, or it does not grow with the number of layers as
+        a stack does.
+      TypeError: A parameter has no gradient.
+    """
+    params, opt_state = whole
+    layers = num_layers(params, blocks)
+    _check_floating(params)
+    here = jax.eval_shape(tx.init, _at_depth(params, blocks, layers))
+    there, change = jax.eval_shape(tx.init, _at_depth(params, blocks, layers + 1)), 1
+    if layers > 1 and not _same_structure(here, there):
+        # A threshold on the size of a leaf (8-bit moments have one) may lie in between.
+        there, change = jax.eval_shape(tx.init, _at_depth(params, blocks, layers - 1)), -1
+    if not _same_structure(here, there):
+        raise ValueError(
+            "the structure of the optimizer state changes with the number of layers (something is "
+            "stored in blocks that run along the layer axis, perhaps), so that it cannot be cut "
+            f"into layers:\n{jax.tree.structure(here)}\n{jax.tree.structure(there)}"
+        )
+    check_unchanged(here, opt_state)
+    leaves, _ = flatten_leaves(params)
+    axes = [0 if own else None for own, x in zip(inside, leaves, strict=True) for _ in parts(x)]
+    for name, one, other in zip(paths_of(here), parts(here), parts(there), strict=True):
+        axes.append(_grown(name, one.shape, other.shape, layers, layers + change))
+    return LayerAxes(jax.tree.structure(whole), tuple(axes))
+
+
+def block_leaves(params: Any, blocks: str) -> list[bool]:
+    """Per leaf of the parameters, whether it is one of the stacked ones.
 
     Raises:
       ValueError: There are no stacked leaves of equal length under that name.
     """
     num_layers(params, blocks)
-    treedef = jax.tree.structure(params)
-    mine = {name: name == blocks for name in params}
-    inside = jax.tree.leaves(
-        {name: jax.tree.map(lambda _, own=own: own, params[name]) for name, own in mine.items()}
-    )
-    return LayerAxes(treedef, tuple(0 if own else None for own in inside))
+    numbers = rebox(params, list(range(len(leaf_paths(params)))))
+    inside = frozenset(flatten_leaves(numbers[blocks])[0])
+    return [number in inside for number in flatten_leaves(numbers)[0]]
 
 
 def num_layers(params: Any, blocks: str) -> int:
@@ -116,8 +158,33 @@ def num_layers(params: Any, blocks: str) -> int:
     return abstract(named[0][1]).shape[0]
 
 
-def check_floating(params: Any) -> None:
-    """Raises if there is a parameter without a gradient."""
+def check_unchanged(old: Any, new: Any) -> None:
+    """Raises unless two optimizer states have the same structure, shapes and dtypes."""
+    if not _same_structure(old, new):
+        raise ValueError(
+            "the update changes the structure of the optimizer state, or `opt_state` is not "
+            f"tx.init(params):\n{jax.tree.structure(old)}\n{jax.tree.structure(new)}"
+        )
+    for name, a, b in zip(paths_of(old), parts(old), parts(new), strict=True):
+        if (jnp.shape(a), jnp.result_type(a)) != (jnp.shape(b), jnp.result_type(b)):
+            raise ValueError(
+                f"the optimizer state {name!r} is {jnp.result_type(a)}{list(jnp.shape(a))} on one "
+                f"side and {jnp.result_type(b)}{list(jnp.shape(b))} on the other: `opt_state` is "
+                "not tx.init(params), or an update changes it."
+            )
+
+
+def paths_of(tree: Any) -> list[str]:
+    """The "/"-joined path of every array, for messages."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+# The arrays of a tree: of a stored weight or a projected gradient several.
+parts = jax.tree.leaves
+
+
+def _check_floating(params: Any) -> None:
     leaves, _ = flatten_leaves(params)
     for path, leaf in zip(leaf_paths(params), leaves, strict=True):
         dtype = abstract(leaf).dtype
@@ -128,42 +195,12 @@ def check_floating(params: Any) -> None:
             )
 
 
-def state_axes(tx: optax.GradientTransformation, params: Any, blocks: str) -> LayerAxes:
-    """The layer axes of ``tx.init(params)``, from the shapes at two numbers of layers.
-
-    Raises:
-      ValueError: The state does not grow with the number of layers as a stack does.
-    """
-    layers = num_layers(params, blocks)
-    here = jax.eval_shape(tx.init, at_depth(params, blocks, layers))
-    there = jax.eval_shape(tx.init, at_depth(params, blocks, layers + 1))
-    change = 1
-    if layers > 1 and not same_structure(here, there):
-        # A threshold on the size of a leaf (8-bit moments have one) may lie in between.
-        there = jax.eval_shape(tx.init, at_depth(params, blocks, layers - 1))
-        change = -1
-    treedef: Any = jax.tree.structure(here)
-    if not same_structure(here, there):
-        raise ValueError(
-            "the structure of the optimizer state changes with the number of layers (something is "
-            "stored in blocks that run along the layer axis, perhaps), so that it cannot be cut "
-            f"into layers:\n{treedef}\n{jax.tree.structure(there)}"
-        )
-    paths, _ = jax.tree_util.tree_flatten_with_path(here)
-    axes = []
-    for (path, one), other in zip(paths, jax.tree.leaves(there), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes.append(_grown(name, one.shape, other.shape, layers, layers + change))
-    return LayerAxes(treedef, tuple(axes))
-
-
-def same_structure(one: Any, other: Any) -> bool:
-    """Whether two trees have equal structures."""
+def _same_structure(one: Any, other: Any) -> bool:
     treedef: Any = jax.tree.structure(one)
     return treedef == jax.tree.structure(other)
 
 
-def at_depth(params: Any, blocks: str, layers: int) -> Any:
+def _at_depth(params: Any, blocks: str, layers: int) -> Any:
     """Shapes of the parameters, in floating point, of a model with so many layers."""
     tree = {
         name: jax.tree.map(abstract, child, is_leaf=lambda x: isinstance(x, QuantizedArray))

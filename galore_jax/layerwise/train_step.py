@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.backward import pullback
 from galore_jax.layerwise.clipping import (
     check_max_norm,
     clip_factor,
     norm_dtype,
     scaled,
     square_sum,
-    squares_by_path,
+    squares_of,
 )
+from galore_jax.layerwise.coupling import check_layers_apart, reads_of
 from galore_jax.layerwise.devices import Devices, devices_of
-from galore_jax.layerwise.guard import guard_for
-from galore_jax.layerwise.inspection import inspector
-from galore_jax.layerwise.outside import known_early
-from galore_jax.layerwise.pullback import Pullback, pullback
-from galore_jax.layerwise.update import Finite, updated
-from galore_jax.layerwise.walk import Forward, Layer, Model, backward, forward
-from galore_jax.views.leaves import leaf_paths
+from galore_jax.layerwise.passes import Forward, Model, Pullback, backward, forward
+from galore_jax.layerwise.slices import Layer, block_leaves, layer_axes
+from galore_jax.layerwise.update import Finite, early_update, nonfinite_of, updated
+from galore_jax.transforms.lenses import with_configs
 
 
 class Metrics(NamedTuple):
-    """What a step reports.
+    """Report of a step.
 
     Args:
       loss: The loss before the step, the mean over devices.
@@ -37,7 +36,7 @@ class Metrics(NamedTuple):
         that is clipped; else the root of the mean of their squares, which is not below it.
       skipped: int32, how many updates were skipped because something was not finite: each block
         counts one, and everything outside them one, if any leaf of it was.
-      aux: What else the head returned, floating arrays averaged over devices; None without
+      aux: Second result of the head, floating arrays averaged over devices; None without
         ``has_aux``.
     """
 
@@ -61,12 +60,11 @@ def train_step(
     has_aux: bool = False,
     clip_norm: float | None = None,
     skip_nonfinite: bool = True,
-    layers_alone: bool = False,
     pullback: Pullback = pullback,
 ) -> Step:
     r"""A step of which at most one block's gradient exists at a time.
 
-    The forward pass keeps the input of every block; the backward pass walks from the last block to
+    The forward pass keeps the input of every block; the backward pass goes from the last block to
     the first, and for each one
 
     .. math::
@@ -75,7 +73,17 @@ def train_step(
 
     in the place of its parameters and its state; what is outside the blocks follows at the end. The
     numbers are those of an ordinary step, ``tx.update`` and `galore_jax.apply_updates` after
-    `quant.value_and_grad`, and the two can take turns: the state is ``tx.init(params)``.
+    `projected_value_and_grad`, and the two can take turns: the state is ``tx.init(params)``.
+
+    Gradients of projected matrices are never formed, not even of one block (`backward.pullback`
+    says where they are): multiply with `galore_jax.matmul` or ``x @ w``, in one product each, and
+    decode a weight with two of them once, with ``w.astype(dtype)``.
+
+    Every layer is updated alone. A transformation that takes a statistic over a whole leaf
+    (`optax.clip_by_block_rms`, trust ratios, Adafactor's clip) takes that of one layer: what it
+    does to layers that are not stacked. So does one over the blocks alone (a masked
+    `optax.clip_by_global_norm`), and a `jnp.arange` over the layers is that of one layer: the extra
+    argument ``layer`` of update is its number.
 
     Weights that are stored as codes are decoded one block at a time, if the model multiplies with
     `galore_jax.matmul`. Compile it with donated buffers, and on a CPU with one more option, without
@@ -97,26 +105,24 @@ def train_step(
       block: ``(layer_params, x) -> x``, one layer; `layer_params` lacks the layer axis.
       head: ``(params, x, batch) -> loss``, a scalar, where `params` is everything outside the
         blocks; or ``(loss, aux)``.
-      tx: Any transformation that treats each layer of each leaf by itself, chains, masks and
-        partitions included. One that does not is refused by name when the step is traced. In
+      tx: Any transformation, chains, masks and partitions included. One in which a block and what
+        is outside the blocks depend on each other, or blocks on random numbers without the extra
+        argument ``layer`` in their key, is refused by name when the step is traced. In
         `jax.shard_map` and `jax.pmap` a lens in it has to know the `axis_name`: without one nothing
         is averaged, and devices drift apart.
       blocks: The entry of the parameters that holds the stacked layers, ``[layers, ...]`` each.
       has_aux: Whether `head` returns a pair.
       clip_norm: Clips by the global norm of this step's gradient, as `optax.clip_by_global_norm` in
-        front of `tx` would. It has to be known before the first update, so that the blocks are
-        walked twice, and between devices gradients are reduced as they are, not projected (unless
-        `pullback` projects). `layerwise.clip_by_previous_norm` needs neither. In a window it clips
-        each micro-batch by itself.
+        front of `tx` would; of projected gradients it is the norm of R. It has to be known before
+        the first update, so that the blocks are passed backwards twice, and gradients that are
+        formed are reduced between devices at full size. `layerwise.clip_by_previous_norm` needs
+        neither. In a window it clips each micro-batch by itself.
       skip_nonfinite: A step whose loss is not finite changes nothing. With a finite loss, a block
         keeps its parameters and its state if its own gradient is not finite, and outside the blocks
         every leaf does so by itself; counts advance. With a window anywhere in the state such a
         gradient counts as zero instead. With `clip_norm` the norm is known in time: if it is not
         finite, nothing changes. `optax.apply_if_finite` would need all gradients.
-      layers_alone: Accept a `tx` that mixes the layers of a leaf (`optax.clip_by_block_rms`, trust
-        ratios), and apply it to each layer alone: what it does to layers that are not stacked.
-      pullback: How the gradient of each piece is taken. `galore_jax.backward.pullback` never forms
-        the gradients of projected matrices, not even of one block.
+      pullback: Takes the gradient of each piece, called as `backward.pullback`.
 
     Returns:
       ``step(params, opt_state, batch, key=None) -> (params, opt_state, metrics)``, a pure function
@@ -125,7 +131,8 @@ def train_step(
 
     Raises:
       ValueError: A bad `clip_norm` here. When the step is traced: no stacked layers under `blocks`,
-        a state that was not made for these parameters, or a `tx` that couples layers.
+        a state that was not made for these parameters, a `tx` that couples blocks with the rest, or
+        a projected leaf outside the blocks that `embed` and `head` both read.
       TypeError: When it is traced: a parameter that is not real and floating.
 
     Example:
@@ -152,34 +159,51 @@ def train_step(
     if clip_norm is not None:
         check_max_norm("clip_norm", clip_norm)
     tx = optax.with_extra_args_support(tx)
-    inspect = inspector(tx, blocks=blocks, layers_alone=layers_alone)
     is_finite = jnp.isfinite if skip_nonfinite else _always
     find_clip = _no_clip if clip_norm is None else functools.partial(_exact_clip, clip_norm)
 
     def step(
         params: Any, opt_state: Any, batch: Any, key: jax.Array | None = None
     ) -> tuple[Any, Any, Metrics]:
-        whole, axes, reads = inspect(Layer(params, opt_state))
+        inside = block_leaves(params, blocks)
+        whole = Layer(params, with_configs(opt_state, tx, params))
+        axes = layer_axes(tx, whole, blocks, inside)
+        check_layers_apart(whole, inside)
         stacked, first = axes.stacked(whole), axes.slice(whole, 0)
-        guard, devices = guard_for(whole.opt_state), devices_of(whole.opt_state)
+        nonfinite, devices = nonfinite_of(whole.opt_state), devices_of(whole)
         model = Model(embed, block, head, blocks, has_aux, devices.local(pullback))
         passed = forward(model, params[blocks], first, batch)
         loss, aux = devices.reported((passed.loss, passed.aux))
         clip = find_clip(devices, model, passed, functools.partial(axes.slice, whole))
         healthy = is_finite(loss) & is_finite(clip.factor)
 
-        def update(here: Layer, gradients: Any, finite: Finite, **options: Any) -> Layer:
-            gradients, finite = guard(scaled(devices.left_over(gradients), clip.factor), finite)
-            return updated(tx, reads, key, here, gradients, finite=finite, **options)
+        def prepared(gradients: Any) -> Any:
+            return scaled(devices.left_over(gradients), clip.factor)
 
-        def finite(squares: dict[str, jax.Array]) -> Finite:
-            return lambda names: _all(
-                [healthy, *(is_finite(squares[name]) for name in names if name in squares)]
+        # Traced once, for the check and for every update.
+        @functools.partial(jax.jit, inline=True)
+        def run(layer: Any, norm: Any, gradients: Any, opt_state: Any, params: Any) -> Any:
+            return tx.update(gradients, opt_state, params, layer=layer, grad_norm=norm)
+
+        at_first = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        gradients = prepared(passed.outer)
+        traced = run.trace(*at_first, gradients, first.opt_state, first.params)
+        reads = reads_of(traced, first, gradients, axes, inside)
+
+        def update(
+            here: Layer, gradients: Any, finite: Finite, layer: Any, norm: Any = at_first[1]
+        ) -> Layer:
+            gradients, finite = nonfinite(prepared(gradients), finite)
+            return updated(run, reads, key, here, gradients, finite=finite, layer=layer, norm=norm)
+
+        def finite(squares: dict[int, jax.Array]) -> Finite:
+            return lambda numbers: functools.reduce(
+                jnp.logical_and, [is_finite(squares[n]) for n in numbers if n in squares], healthy
             )
 
-        soon = known_early(model, reads, first, batch)
-        squares = devices.reported(squares_by_path(model.outer(passed.outer), soon.names))
-        early = update(first, passed.outer, finite(squares))
+        soon = early_update(model, reads, inside, first, batch, passed)
+        squares = devices.reported(squares_of(passed.outer, soon.numbers))
+        early = update(first, passed.outer, finite(squares), at_first[0])
         early, cotangent = soon.before(early, passed.cotangent)
         passed = passed._replace(cotangent=cotangent)
 
@@ -189,7 +213,7 @@ def train_step(
         def visit(carry: _Carry, number: jax.Array, here: Layer, gradients: Any) -> _Carry:
             square = devices.mean(square_sum(gradients[blocks]))
             fine = healthy & is_finite(square)
-            new = update(here, gradients, lambda names: fine if names else healthy, layer=number)
+            new = update(here, gradients, lambda read: fine if read else healthy, number)
             return _Carry(
                 axes.paste(carry.stacked, axes.stacked(new), number),
                 carry.squares + square,
@@ -200,21 +224,20 @@ def train_step(
         start = _Carry(stacked, zero, jnp.zeros((), jnp.int32))
         carry, gradients = backward(model, passed, start, layer_of, visit)
 
-        outside = model.outer(gradients)
-        late_names = set(leaf_paths(outside)) - soon.names
-        squares = squares | devices.reported(squares_by_path(outside, late_names))
+        outside = frozenset(n for n, own in enumerate(inside) if not own)
+        squares |= devices.reported(squares_of(gradients, outside - soon.numbers))
         norm = clip.norm_or(jnp.sqrt(sum(squares.values(), start=carry.squares)))
-        final = layer_of(carry, jnp.zeros((), jnp.int32))
-        late = update(final, gradients, finite(squares), norm=norm)
+        final = layer_of(carry, at_first[0])
+        late = update(final, gradients, finite(squares), at_first[0], norm.astype(jnp.float32))
         params, opt_state = axes.joined(soon.merge(early, late), carry.stacked)
-        skipped = carry.skipped + ~finite(squares)(frozenset(squares))
+        skipped = carry.skipped + ~finite(squares)(outside)
         return params, opt_state, Metrics(loss, norm, skipped, aux)
 
     return step
 
 
 class _Carry(NamedTuple):
-    """What is handed from block to block."""
+    """Values that are handed from block to block."""
 
     stacked: list[jax.Array]
     squares: jax.Array
@@ -222,7 +245,7 @@ class _Carry(NamedTuple):
 
 
 class _Clip(NamedTuple):
-    """What multiplies every gradient, and the norm that this is from, if it has been taken."""
+    """Factor on every gradient, and the norm that it is from, if that has been taken."""
 
     factor: jax.Array
     norm: jax.Array | None = None
@@ -242,7 +265,7 @@ def _no_clip(devices: Devices, model: Model, passed: Forward, layer_at: _LayerAt
 def _exact_clip(
     max_norm: float, devices: Devices, model: Model, passed: Forward, layer_at: _LayerAt
 ) -> _Clip:
-    """From a walk that changes nothing; the factor is NaN if the norm is not finite."""
+    """From a pass that changes nothing; the factor is NaN if the norm is not finite."""
 
     def visit(squares: jax.Array, number: jax.Array, here: Layer, gradients: Any) -> jax.Array:
         del number
@@ -258,7 +281,3 @@ def _exact_clip(
 
 def _always(x: jax.Array) -> jax.Array:
     return jnp.ones_like(x, bool)
-
-
-def _all(conditions: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.logical_and, conditions)

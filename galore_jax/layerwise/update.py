@@ -1,87 +1,180 @@
-"""The update of one block, or of what is outside the blocks."""
+"""Updates that are made early or late, and of what is finite."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.layerwise.coupling import Reads, check_unchanged
-from galore_jax.layerwise.walk import Layer
-from galore_jax.transforms import apply_updates
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths, rebox
+from galore_jax.layerwise.coupling import Numbers, Reads, dependence
+from galore_jax.layerwise.passes import Forward, Model, barrier
+from galore_jax.layerwise.slices import Layer, parts
+from galore_jax.transforms import AccumulateState, apply_updates
+from galore_jax.views import ProjectedGradient
+from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox
 
-# From the paths of gradients to whether all of them are finite; from none to whether the step is.
-Finite = Callable[[frozenset[str]], jax.Array]
+# Numbers of leaves -> whether their gradients are finite; of none: whether the step is.
+Finite = Callable[[Numbers], jax.Array]
+# (gradients, finite) -> the gradients that the update gets, and what it is to take for finite.
+Nonfinite = Callable[[Any, Finite], tuple[Any, Finite]]
+
+_WINDOWS = (AccumulateState, optax.MultiStepsState)
+
+
+def nonfinite_of(opt_state: Any) -> Nonfinite:
+    """The treatment of gradients that are not finite.
+
+    A state that is made from one gradient stays what it was. A sum over micro-batches must not, or
+    the first gradient of a window would meet the sum of the window before it: there, what is not
+    finite counts as zero.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _WINDOWS))
+    windows = any(isinstance(node, _WINDOWS) for node in nodes)
+    return zero_nonfinite if windows else pass_through
+
+
+def pass_through(gradients: Any, finite: Finite) -> tuple[Any, Finite]:
+    """Gradients as they are."""
+    return gradients, finite
+
+
+def zero_nonfinite(gradients: Any, finite: Finite) -> tuple[Any, Finite]:
+    """Zeros in the places of leaves that are not finite, which then count as finite."""
+
+    def zeroed(number: int, leaf: Any) -> Any:
+        fine = finite(frozenset([number]))
+        return jax.tree.map(lambda x: jnp.where(fine, x, jnp.zeros((), x.dtype)), leaf)
+
+    leaves = enumerate(flatten_leaves(gradients)[0])
+    return rebox(gradients, [zeroed(*pair) for pair in leaves]), lambda _: finite(frozenset())
 
 
 def updated(
-    tx: optax.GradientTransformationExtraArgs,
+    update: Callable[..., tuple[Any, Any]],
     reads: Reads,
     key: jax.Array | None,
     here: Layer,
     gradients: Any,
     *,
     finite: Finite,
-    layer: jax.Array | int = 0,
-    norm: jax.Array | float = 0.0,
+    layer: jax.Array,
+    norm: jax.Array,
 ) -> Layer:
     """Parameters and state after an update, as far as it is finite.
 
-    Where it is not, the update is zero, and state that is made from the gradient stays what it was;
-    counts and plans go on.
+    Where it is not, the update is zero, and state that is made from the gradient stays what it was,
+    a basis with its moments; counts go on, and a basis that was due or becomes so is due.
 
     Args:
-      tx: The transformation.
+      update: ``(layer, norm, gradients, opt_state, params) -> (updates, opt_state)``.
       reads: Which gradients enter which of its results.
       key: For stochastic rounding, or None.
       here: Parameters and state, of the stacked arrays one layer.
       gradients: Like the parameters.
       finite: See `Finite`.
-      layer: The number of that layer.
-      norm: Global norm of all gradients of the step, once it is known: blocks have no use for it.
+      layer: int32, the number of that layer.
+      norm: fp32, the global norm of all gradients of the step, once it is known.
     """
-    layer, norm = jnp.asarray(layer, jnp.int32), jnp.asarray(norm, jnp.float32)
-    updates, opt_state = tx.update(
-        gradients, here.opt_state, here.params, layer=layer, grad_norm=norm
-    )
-    check_unchanged(here.opt_state, opt_state)
-    _check_shapes(updates, here.params)
+    updates, opt_state = update(layer, norm, gradients, here.opt_state, here.params)
+    new = apply_updates(here.params, updates, key=key, layer=layer)
     # Chosen among parameters: zeros in the place of an update would take the memory of one.
+    leaves = zip(reads.updates, flatten_leaves(new)[0], flatten_leaves(here.params)[0], strict=True)
     params = [
-        jax.tree.map(
-            functools.partial(jnp.where, finite(reads.updates.get(path, frozenset()))), new, before
-        )
-        for path, new, before in zip(
-            leaf_paths(here.params),
-            flatten_leaves(apply_updates(here.params, updates, key=key, layer=layer))[0],
-            flatten_leaves(here.params)[0],
-            strict=True,
-        )
+        jax.tree.map(functools.partial(jnp.where, finite(numbers)), after, before)
+        for numbers, after, before in leaves
     ]
     old, treedef = jax.tree.flatten(here.opt_state)
-    kept = [
-        jnp.where(finite(names), new, before)
-        for names, new, before in zip(reads.state, jax.tree.leaves(opt_state), old, strict=True)
-    ]
-    return Layer(
-        rebox(here.params, params),
-        jax.tree.unflatten(treedef, kept),
-    )
+
+    def kept(numbers: Numbers, is_date: bool, after: jax.Array, before: jax.Array) -> jax.Array:
+        if is_date and numbers:
+            before = before | (after & finite(frozenset()))
+        return jnp.where(finite(numbers), after, before)
+
+    state = list(map(kept, reads.state, reads.dates, parts(opt_state), old))
+    return Layer(rebox(here.params, params), jax.tree.unflatten(treedef, state))
 
 
-def _check_shapes(updates: Any, params: Any) -> None:
-    """Raises if an update has grown: by an array for all layers, in the transformation itself."""
-    shapes = dict(zip(leaf_paths(params), map(abstract, flatten_leaves(params)[0]), strict=True))
-    for path, update in zip(leaf_paths(updates), flatten_leaves(updates)[0], strict=True):
-        if jnp.shape(update) != shapes[path].shape:
+class EarlyUpdate(NamedTuple):
+    """Parameters whose gradients are known when the head has been taken backwards.
+
+    These gradients, as large as the vocabulary is, need not wait for those of the embedding.
+
+    Args:
+      numbers: Of the leaves whose gradients the embedding has no part in.
+      arrays: Per array of a `Layer`, whether its update reads such gradients, and no others.
+    """
+
+    numbers: Numbers
+    arrays: list[bool]
+
+    def before(self, early: Layer, cotangent: Any) -> tuple[Layer, Any]:
+        """Both unchanged, but the cotangent is there no sooner than the update.
+
+        The compiler would be free to keep the gradients for an update after the pass.
+        """
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(early)
+        known = [x for x, is_early in zip(leaves, self.arrays, strict=True) if is_early]
+        known, cotangent = barrier((known, cotangent))
+        given = iter(known)
+        joined = [
+            next(given) if is_early else x for x, is_early in zip(leaves, self.arrays, strict=True)
+        ]
+        return treedef.unflatten(joined), cotangent
+
+    def merge(self, early: Layer, late: Layer) -> Layer:
+        """The arrays of two updates, each from where all its gradients were there."""
+        ours, treedef = jax.tree.flatten(early)
+        pairs = zip(self.arrays, ours, parts(late), strict=True)
+        return jax.tree.unflatten(treedef, [a if is_early else b for is_early, a, b in pairs])
+
+
+def early_update(
+    model: Model, reads: Reads, inside: list[bool], here: Layer, batch: Any, passed: Forward
+) -> EarlyUpdate:
+    """Finds the parameters that can be updated before the blocks are passed backwards.
+
+    Args:
+      model: The model.
+      reads: Which gradients enter which update.
+      inside: Per leaf of the parameters, whether it is in the blocks.
+      here: Any layer.
+      batch: The batch.
+      passed: The forward pass.
+
+    Raises:
+      ValueError: A projected leaf has a part in both, each of which would find a basis for it.
+    """
+    by_embed = _read_by(lambda params: model.apply_embed(params, batch), here.params)
+    gradients, _ = flatten_leaves(passed.outer)
+    if twice := [n for n in by_embed if isinstance(gradients[n], ProjectedGradient)]:
+        head = functools.partial(model.apply_head, batch=batch)
+        for n in _read_by(head, here.params, passed.cotangent).intersection(twice):
             raise ValueError(
-                f"the update of {path!r} has shape {jnp.shape(update)} where its parameter has "
-                f"{shapes[path].shape}: the transformation holds an array for all layers, but gets "
-                "one layer at a time. Keep the array in its state, or pick its entry by the extra "
-                "argument `layer` of update."
+                f"leaf {leaf_paths(here.params)[n]!r} is projected, and read by `embed` and by "
+                "`head`, each of which would find a basis of its own. Keep it out of `targets`, or "
+                "pass a `pullback` that forms its gradient."
             )
+    numbers = frozenset(n for n, own in enumerate(inside) if not own) - by_embed
+
+    def is_early(read: Numbers) -> bool:
+        return bool(read) and read <= numbers
+
+    leaves, _ = flatten_leaves(here.params)
+    params = [
+        is_early(read) for read, x in zip(reads.updates, leaves, strict=True) for _ in parts(x)
+    ]
+    return EarlyUpdate(numbers, [*params, *map(is_early, reads.state)])
+
+
+def _read_by(fn: Callable[..., Any], params: Any, *others: Any) -> Numbers:
+    """The numbers of the leaves that the results of a function depend on."""
+    leaves, _ = flatten_leaves(params)
+    numbers = [frozenset([n]) for n, leaf in enumerate(leaves) for _ in parts(leaf)]
+    jaxpr = jax.make_jaxpr(fn)(params, *others).jaxpr
+    none = [frozenset[int]()] * len(parts(others))
+    return frozenset[int]().union(*dependence(jaxpr, [*numbers, *none]))

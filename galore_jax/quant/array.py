@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from galore_jax.keys import leaf_key, rounding_noise
 from galore_jax.meshes import compiler_chooses
 from galore_jax.quant import affine, blocks, packing
+from galore_jax.quant.weight import Weight
 from galore_jax.serialization import register
-from galore_jax.views.leaves import OneLeaf
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray(OneLeaf):
+class QuantizedArray(Weight):
     """A floating array of shape ``[..., n]`` in blocks of integer codes along its last axis.
 
     Invariants:
@@ -88,6 +88,10 @@ class QuantizedArray(OneLeaf):
         if largest < float(jnp.finfo(jnp.float32).max):
             wide = jnp.clip(wide, -largest, largest)  # an outer code may lie beyond the range
         return wide.astype(dtype)
+
+    def decoded(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The decoded array as a constant of a product."""
+        return jax.lax.stop_gradient(dequantize(self)).astype(dtype)
 
     def __jax_array__(self) -> jax.Array:
         return dequantize(self)

@@ -16,19 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.quant.array import QuantizedArray, dequantize
-from galore_jax.views.leaves import OneLeaf
+from galore_jax.quant.weight import Label, WrappedWeight
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DifferentiableWeight(OneLeaf):
-    """What the loss function sees in the place of a `QuantizedArray`.
+@dataclasses.dataclass(frozen=True, repr=False)
+class DifferentiableWeight(WrappedWeight):
+    """A `QuantizedArray` that can be differentiated, as the loss function gets it.
 
     Multiply with `galore_jax.matmul`; `astype` decodes it, differentiably.
 
     Args:
       weight: The stored weight.
       probe: Zeros in its shape and dtype; receives the gradient.
+      path: Of the leaf, for messages.
 
     Example:
       >>> import jax.numpy as jnp, galore_jax as gj
@@ -41,25 +42,14 @@ class DifferentiableWeight(OneLeaf):
 
     weight: QuantizedArray
     probe: jax.Array
+    path: Label = dataclasses.field(metadata={"static": True}, default=Label(""))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
-
-    @property
-    def dtype(self) -> Any:
-        return self.weight.dtype
-
-    def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def decoded(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The decoded weight; its cotangent is the gradient of the weight."""
         return _decoded(self.weight, self.probe).astype(dtype)
 
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self)
+    def matmul(self, x: jax.Array) -> jax.Array:
+        return _product(x, self.weight, self.probe)
 
 
 def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
@@ -94,37 +84,13 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 
 
 def probes_of(params: Any) -> Any:
-    """What is differentiated by: parameters, and zeros in the place of those stored as codes."""
+    """Parameters, and zeros in the places of those stored as codes."""
     return jax.tree.map(_probe, params, is_leaf=_is_quantized)
 
 
 def with_probes(params: Any, probes: Any) -> Any:
-    """What the loss function sees."""
-    return jax.tree.map(_attach, params, probes, is_leaf=_is_quantized)
-
-
-def matmul(x: jax.Array, w: Any) -> jax.Array:
-    """Activations times a weight, whatever the weight is stored as.
-
-    Args:
-      x: ``[..., in]``.
-      w: ``[in, out]``: an array, a `QuantizedArray`, or what `quant.value_and_grad` puts in its
-        place. Leading axes broadcast as in `jnp.matmul`.
-
-    Returns:
-      ``[..., out]`` in the dtype of `x`. The gradient with respect to a stored weight is that of
-      the decoded one; a bare `QuantizedArray` is a constant.
-
-    Example:
-      >>> import jax.numpy as jnp, galore_jax as gj
-      >>> gj.matmul(jnp.ones((3, 4)), gj.quant.quantize(jnp.ones((4, 2)))).shape
-      (3, 2)
-    """
-    if isinstance(w, QuantizedArray):
-        return jnp.matmul(x, jax.lax.stop_gradient(dequantize(w)).astype(x.dtype))
-    if isinstance(w, DifferentiableWeight):
-        return _product(x, w.weight, w.probe)
-    return jnp.matmul(x, w.astype(x.dtype))
+    """Parameters as the loss function gets them."""
+    return jax.tree_util.tree_map_with_path(_attach, params, probes, is_leaf=_is_quantized)
 
 
 @jax.custom_vjp
@@ -166,5 +132,8 @@ def _probe(leaf: Any) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype) if _is_quantized(leaf) else leaf
 
 
-def _attach(leaf: Any, probe: Any) -> Any:
-    return DifferentiableWeight(leaf, probe) if _is_quantized(leaf) else probe
+def _attach(path: Any, leaf: Any, probe: Any) -> Any:
+    if not _is_quantized(leaf):
+        return probe
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return DifferentiableWeight(leaf, probe, Label(name))

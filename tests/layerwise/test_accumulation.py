@@ -11,7 +11,7 @@ import stacked_model as sm
 from test_layerwise_memory import IN_PLACE, creators, shapes
 
 import galore_jax as gj
-from galore_jax import backward, layerwise
+from galore_jax import layerwise
 from galore_jax.transforms.lenses import find_lenses
 
 pytestmark = pytest.mark.standard_promotion
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.standard_promotion
 WINDOWS = 20
 LENS = {"rank": 4, "axes": gj.MatrixAxes(-2, -1)}
 OFTEN = LENS | {"update_proj_gap": 6}
-PULLBACKS = {"full": {}, "projected": {"pullback": backward.pullback}}
 
 
 def accumulated_step(tx, pullback):
@@ -41,7 +40,7 @@ def both(tx, params, every, *, windows=WINDOWS, pullback="full", key=None):
     tx, data = gj.accumulate(tx, every), sm.batches(windows * every)
     state = tx.init(params)
     expected = sm.run(accumulated_step(tx, pullback), params, state, data, key)
-    step = layerwise.train_step(*sm.MODEL, tx, **PULLBACKS[pullback])
+    step = layerwise.train_step(*sm.MODEL, tx, **sm.PULLBACKS[pullback])
     return sm.run(step, params, state, data, key), expected
 
 
@@ -49,7 +48,7 @@ def decisions(state):
     return {k: x for k, x in sm.by_path(state).items() if x.dtype in (np.bool_, np.int32)}
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 @pytest.mark.sampled(1)
 def test_the_same_as_an_ordinary_step_between_refreshes(pullback):
     tx = gj.galore_adamw(1e-2, weight_decay=0.1, update_proj_gap=WINDOWS, **LENS)
@@ -87,7 +86,7 @@ def test_the_same_as_an_ordinary_step_across_refreshes(name, pullback):
         assert lens.count == WINDOWS
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 @pytest.mark.sampled(1)
 def test_every_micro_batch_is_clipped_by_itself(pullback):
     """As by a clip in front of the whole; the projected backward shows it projected gradients."""
@@ -108,13 +107,13 @@ def test_every_micro_batch_is_clipped_by_itself(pullback):
             return optax.apply_updates(params, updates), opt_state, loss
 
         expected = sm.run(step, params, state, data)
-    walk = layerwise.train_step(*sm.MODEL, tx, clip_norm=limit, **PULLBACKS[pullback])
+    walk = layerwise.train_step(*sm.MODEL, tx, clip_norm=limit, **sm.PULLBACKS[pullback])
     found = sm.run(walk, params, state, data)
     assert sm.distance(found[0], expected[0]) < 1e-5
     assert sm.distance(free[0], expected[0]) > 1e-2
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 @pytest.mark.sampled(1)
 def test_in_float64_the_two_agree_to_ten_digits(pullback):
     with jax.enable_x64(True):
@@ -209,7 +208,7 @@ def with_faults(kind):
 def faulty(kind, pullback="full"):
     """A compiled step with windows of three, and the state that it begins with."""
     tx = gj.accumulate(gj.galore_sgd(1e-1, scale=1.0, **LENS), 3)
-    step = jax.jit(layerwise.train_step(*with_faults(kind), tx, **PULLBACKS[pullback]))
+    step = jax.jit(layerwise.train_step(*with_faults(kind), tx, **sm.PULLBACKS[pullback]))
     return step, tx.init(sm.initial())
 
 
@@ -223,7 +222,7 @@ def projected(gradients, lens):
     return {**gradients, "blocks": {**blocks, **kept}}
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.sampled(2)
 def test_a_block_that_is_not_finite_adds_nothing_to_its_window(pullback, place):
@@ -247,7 +246,7 @@ def test_a_block_that_is_not_finite_adds_nothing_to_its_window(pullback, place):
     assert sm.distance(params, expected) < 1e-5
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 def test_a_basis_that_was_not_found_is_looked_for_in_the_next_window(pullback):
     step, state = faulty("block", pullback)
     params = sm.initial()
@@ -279,7 +278,7 @@ def test_a_loss_that_is_not_finite_is_no_micro_batch():
 @functools.cache
 def compiled(pullback, layers):
     tx = gj.accumulate(gj.galore_adamw(1e-2, rank=8, axes=LENS["axes"], update_proj_gap=5), 4)
-    step = layerwise.train_step(*sm.MODEL, tx, **PULLBACKS[pullback])
+    step = layerwise.train_step(*sm.MODEL, tx, **sm.PULLBACKS[pullback])
     params = shapes(layers, False)
     arguments = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((1, 5), jnp.int32)
     with jax.numpy_dtype_promotion("standard"):
@@ -287,7 +286,7 @@ def compiled(pullback, layers):
     return lowered.compile(compiler_options=IN_PLACE)
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 @pytest.mark.sampled(1)
 def test_of_all_layers_there_are_sums_and_nothing_else(pullback):
     width, hidden = shapes(6, False)["blocks"]["up"]["kernel"].shape[1:]

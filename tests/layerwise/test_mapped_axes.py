@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
-from galore_jax import backward, layerwise
+from galore_jax import layerwise
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -32,7 +32,6 @@ KINDS = {
     # Only the lens in the blocks knows the axis.
     "partition": lambda **o: optax.partition({"low": sgd(**o), "full": optax.sgd(1e-1)}, PARTS),
 }
-PULLBACKS = {"full": {}, "projected": {"pullback": backward.pullback}}
 
 
 def rows(count=STEPS):
@@ -64,7 +63,7 @@ def by_pmap(step):
 def pair(name, pullback="full", **options):
     """The step of one device, and the one inside a mapped axis."""
     alone, together = KINDS[name](), KINDS[name](axis_name="data")
-    options = PULLBACKS[pullback] | options
+    options = sm.PULLBACKS[pullback] | options
     return (
         alone.init(sm.initial()),
         layerwise.train_step(*sm.MODEL, alone, **options),
@@ -109,7 +108,7 @@ def test_where_nobody_keeps_track_of_what_varies(way):
     assert sm.distance(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 @pytest.mark.sampled(1)
 def test_exact_clipping_is_by_the_norm_of_the_mean(pullback):
     state, alone, together = pair("sgd", pullback, clip_norm=0.3)
@@ -192,7 +191,7 @@ def reduced(program):
     return [int(np.prod([int(n) for n in shape.split(",") if n] or [1])) for shape in shapes]
 
 
-@pytest.mark.parametrize("pullback", PULLBACKS)
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
 @pytest.mark.sampled(1)
 def test_of_a_block_only_what_has_the_size_of_its_rank_is_reduced(pullback):
     kernel = sm.WIDTH * sm.HIDDEN

@@ -35,7 +35,7 @@ def test_the_same_as_all_projected_gradients_at_once(weights):
     if weights == "int8":
         params = gj.quant.quantize_params(params, block=16)
     expected, expected_state, _ = sm.run(projected_step(SGD), params, state, data, key)
-    step = layerwise.train_step(*sm.MODEL, SGD, pullback=backward.pullback)
+    step = layerwise.train_step(*sm.MODEL, SGD)
     found, found_state, _ = sm.run(step, params, state, data, key)
     decoded = [gj.quant.dequantize_params(tree) for tree in (found, expected)]
     assert sm.distance(*decoded) < (1e-3 if weights == "int8" else 1e-5)
@@ -60,7 +60,7 @@ def test_weights_outside_the_blocks_may_be_projected_too():
     state = tx.init(params)
     assert {"embed/embedding", "lm_head/kernel"} < gj.metrics(state).keys()
     expected, expected_state, _ = sm.run(projected_step(tx, loss), params, state, data)
-    step = layerwise.train_step(embed, sm.block, sm.head, tx, pullback=backward.pullback)
+    step = layerwise.train_step(embed, sm.block, sm.head, tx)
     found, found_state, _ = sm.run(step, params, state, data)
     assert sm.distance(found, expected) < 1e-5
     for path, seen in gj.metrics(found_state).items():
@@ -72,7 +72,7 @@ def test_the_norm_that_clips_is_that_of_the_projections():
     chained = optax.chain(optax.clip_by_global_norm(0.2), SGD)
     params, data = sm.initial(), sm.batches(9)
     expected, _, _ = sm.run(projected_step(chained), params, chained.init(params), data)
-    step = layerwise.train_step(*sm.MODEL, SGD, clip_norm=0.2, pullback=backward.pullback)
+    step = layerwise.train_step(*sm.MODEL, SGD, clip_norm=0.2)
     found, _, _ = sm.run(step, params, SGD.init(params), data)
     assert sm.distance(found, expected) < 1e-5
 
@@ -82,7 +82,7 @@ def test_nothing_has_the_shape_of_a_gradient():
     codes = jax.eval_shape(gj.quant.quantize_params, sm.initial())
     state = jax.eval_shape(SGD.init, sm.initial())
     products = {}
-    for name, pullback in {"plain": {}, "projected": {"pullback": backward.pullback}}.items():
+    for name, pullback in sm.PULLBACKS.items():
         step = layerwise.train_step(*sm.MODEL, SGD, **pullback)
         jaxpr = jax.make_jaxpr(step)(codes, state, jax.ShapeDtypeStruct((4, 17), jnp.int32))
         products[name] = {
@@ -91,7 +91,7 @@ def test_nothing_has_the_shape_of_a_gradient():
             if eqn.primitive.name == "dot_general"
         }
     gradients = {(sm.WIDTH, sm.HIDDEN), (sm.HIDDEN, sm.WIDTH)}
-    assert gradients & products["plain"]
+    assert gradients & products["full"]
     # What has that shape is the lifted update, which keeps the axis of the layer.
     assert not gradients & products["projected"]
 

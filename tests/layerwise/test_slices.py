@@ -9,16 +9,22 @@ import stacked_model as sm
 
 import galore_jax as gj
 from galore_jax import layerwise
-from galore_jax.layerwise.slices import num_layers, params_axes, state_axes
+from galore_jax.layerwise.slices import Layer, block_leaves, layer_axes, num_layers
 
 pytestmark = pytest.mark.standard_promotion
 
 LENS = {"rank": 4, "axes": gj.MatrixAxes(-2, -1)}
 
 
+def axes_of(tx, params):
+    """Of parameters and state."""
+    whole = Layer(params, jax.eval_shape(tx.init, params))
+    return layer_axes(tx, whole, "blocks", block_leaves(params, "blocks"))
+
+
 def axes_by_path(tx, params):
-    axes = state_axes(tx, params, "blocks")
-    return dict(zip(sm.by_path(tx.init(params)), axes.axes, strict=True))
+    paths, axes = sm.by_path(tx.init(params)), axes_of(tx, params).axes
+    return dict(zip(paths, axes[-len(paths) :], strict=True))
 
 
 @pytest.mark.parametrize("layers", [1, 4])
@@ -50,13 +56,15 @@ def test_an_axis_elsewhere_is_found():
 
 def test_a_slice_is_one_layer_and_goes_back_where_it_was():
     params = gj.quant.quantize_params(sm.initial(), block=16)
-    axes = params_axes(params, "blocks")
-    one = axes.slice(params, jnp.int32(2))
+    tx = optax.sgd(1e-2)
+    axes = axes_of(tx, params)
+    params = Layer(params, tx.init(params))
+    one, params = axes.slice(params, jnp.int32(2)).params, params.params
     kernel = one["blocks"]["up"]["kernel"]
     assert kernel.shape == (1, sm.WIDTH, sm.HIDDEN)
     np.testing.assert_array_equal(kernel.codes[0], params["blocks"]["up"]["kernel"].codes[2])
     assert one["lm_head"]["kernel"] is params["lm_head"]["kernel"]
-    stacked = axes.stacked(params)
+    stacked = axes.stacked(Layer(params, tx.init(params)))
     zeros = [jnp.zeros_like(x) for x in axes.cut(stacked, 0)]
     for new, old in zip(axes.paste(stacked, zeros, jnp.int32(1)), stacked, strict=True):
         assert not np.any(new[1]) and np.any(old[1])
@@ -73,7 +81,7 @@ def test_a_size_threshold_between_two_depths_does_not_matter():
 def test_blocks_of_codes_across_layers_are_refused():
     params = {"blocks": {"w": jnp.ones((32, 8))}}  # blocks run along the longer axis
     with pytest.raises(ValueError, match="blocks that run along the layer axis"):
-        state_axes(gj.scale_by_adam8bit(min_size=1), params, "blocks")
+        axes_of(gj.scale_by_adam8bit(min_size=1), params)
     stored = {"blocks": {"w": gj.quant.quantize(jnp.ones((32, 8)), axis=-2)}}
     with pytest.raises(ValueError, match=r"'blocks/w' of shape .* run along the layer axis"):
         num_layers(stored, "blocks")

@@ -1,4 +1,4 @@
-"""What is differentiated by in the place of a weight, and the cotangents that it receives."""
+"""Arrays that are differentiated by in the place of a weight, and their cotangents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from galore_jax.views import ProjectedGradient
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probes:
+class CotangentSlots:
     """Arrays that are differentiated by in the place of a weight.
 
     Their values are never read, apart from the basis; their cotangents are what the optimizer wants
@@ -37,10 +37,10 @@ class Probes:
     uses: jax.Array
 
 
-def no_probes(leaf: LeafSubspace, config: LowRankConfig, basis: jax.Array) -> Probes:
-    """The values of the probes of one leaf."""
+def zero_slots(leaf: LeafSubspace, config: LowRankConfig, basis: jax.Array) -> CotangentSlots:
+    """Slots of one leaf."""
     assert leaf.plan.view is not None
-    return Probes(
+    return CotangentSlots(
         value=jnp.zeros(leaf.plan.view.low_rank_shape(leaf.plan.rank), config.state_dtype),
         basis=basis,
         moved=jnp.zeros(leaf.plan.batch_shape, jnp.float32),
@@ -48,8 +48,8 @@ def no_probes(leaf: LeafSubspace, config: LowRankConfig, basis: jax.Array) -> Pr
     )
 
 
-def gradient_of(cotangents: Probes) -> ProjectedGradient:
-    """What the optimizer gets.
+def gradient_of(cotangents: CotangentSlots) -> ProjectedGradient:
+    """The gradient that the optimizer gets.
 
     Products that each found a basis of their own have no projected gradient in common: NaN, in a
     basis that is NaN and therefore never taken over. A weight that takes part in no product gets a
@@ -69,43 +69,36 @@ def gradient_of(cotangents: Probes) -> ProjectedGradient:
 def cotangents_of(
     config: LowRankConfig,
     leaf: LeafSubspace,
-    probes: Probes,
+    slots: CotangentSlots,
     matrices: Matrices,
     project: Callable[[jax.Array], jax.Array],
     *,
     like: Any,
-) -> Probes:
+) -> CotangentSlots:
     """Refreshes the bases that are due, and projects.
 
     Args:
       config: Of the lens.
       leaf: The leaf, as far as it has not been indexed away.
-      probes: What is differentiated by.
+      slots: The arrays that are differentiated by.
       matrices: The gradient, by its products.
       project: ``basis -> R``.
-      like: What the gradient is made of, to see over which mapped axes it varies.
+      like: Arrays that the gradient is made of, to see over which mapped axes it varies.
 
     Returns:
-      Cotangents of the probes.
+      Cotangents of the slots.
     """
-    everywhere = dataclasses.replace(
-        config, axis_name=_both(config.axis_name, mapped.varying_axes(like, probes.basis))
-    )
+    names = {*mapped.names(config.axis_name), *mapped.varying_axes(like, slots.basis)}
+    everywhere = dataclasses.replace(config, axis_name=tuple(sorted(names)) or None)
     (refreshed,) = subspace.refresh(everywhere, [leaf], [matrices])
     basis = jax.lax.cond(
         jnp.any(refreshed.moved),
         lambda: subspace.decode(config, leaf.plan, refreshed.stored),
-        lambda: probes.basis,
+        lambda: slots.basis,
     )
-    return Probes(
-        value=mapped.sum_like(project(basis).astype(probes.value.dtype), probes.value),
+    return CotangentSlots(
+        value=mapped.sum_like(project(basis).astype(slots.value.dtype), slots.value),
         basis=basis,
-        moved=refreshed.moved.astype(probes.moved.dtype),
-        uses=jnp.ones_like(probes.uses),
+        moved=refreshed.moved.astype(slots.moved.dtype),
+        uses=jnp.ones_like(slots.uses),
     )
-
-
-def _both(axis_name: mapped.AxisName, others: tuple[str, ...]) -> mapped.AxisName:
-    """The axes of either."""
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    return tuple(sorted({*names, *others})) or None

@@ -1,4 +1,4 @@
-"""What layers of neural network libraries take in the places of their own products."""
+"""Products and promotion for layers of Flax, in the places of their own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.backward.contraction import dot_contraction
-from galore_jax.backward.weight import ProjectedWeight, decoded, product
-from galore_jax.quant import DifferentiableWeight, QuantizedArray
+from galore_jax.backward.weight import ProjectedWeight, product
+from galore_jax.quant.weight import Weight, decoded
 
 Axes = Sequence[int]
 
@@ -52,7 +52,7 @@ def dot_general(
     given = sorted(name for name, value in options.items() if value is not None)
     if given:
         raise ValueError(
-            f"leaf {w.plan.path!r} is projected in the backward pass, and its product takes no "
+            f"leaf {w.path!r} is projected in the backward pass, and its product takes no "
             f"{given}: leave them out, or keep the leaf out of `targets`."
         )
     return product(dot_contraction(jnp.ndim(x), w.ndim, dimension_numbers, precision), x, w)
@@ -84,9 +84,6 @@ def promote_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> Any:
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
     return tuple(
-        thing if thing is None or isinstance(thing, _STORED) else jnp.asarray(thing, dtype)
+        thing if thing is None or isinstance(thing, Weight) else jnp.asarray(thing, dtype)
         for thing in things
     )
-
-
-_STORED = QuantizedArray, DifferentiableWeight, ProjectedWeight

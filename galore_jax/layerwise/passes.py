@@ -1,4 +1,4 @@
-"""Forwards through the blocks, and back again one block at a time."""
+"""Passes through the blocks: forwards, and back again one block at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax import mapped
-from galore_jax.layerwise.pullback import Pull, Pullback
+from galore_jax.layerwise.slices import Layer
 from galore_jax.quant.differentiate import probes_of, with_probes
+
+# Cotangent of the output -> gradient of the parameters, cotangents of the inputs.
+Pull = Callable[[Any], tuple[Any, ...]]
+# (fn, params, opt_state, *inputs, layer=) -> fn(params, *inputs), and its pull.
+Pullback = Callable[..., tuple[Any, Pull]]
 
 
 class Model(NamedTuple):
@@ -24,7 +29,7 @@ class Model(NamedTuple):
       head: ``(params, x, batch) -> loss``, or ``(loss, aux)``.
       blocks: Name of the stacked layers among the parameters.
       has_aux: Whether the head returns a pair.
-      pullback: How the gradient of a piece is taken.
+      pullback: Takes the gradient of a piece; see `galore_jax.backward.pullback`.
     """
 
     embed: Callable[..., Any]
@@ -47,23 +52,16 @@ class Model(NamedTuple):
         return result if self.has_aux else (result, None)
 
     def outer(self, params: Any) -> Any:
-        """What is outside the blocks."""
+        """The parameters outside the blocks."""
         return {name: child for name, child in params.items() if name != self.blocks}
 
 
-class Layer(NamedTuple):
-    """Parameters and optimizer state, of the stacked arrays one layer."""
-
-    params: Any
-    opt_state: Any
-
-
 class Forward(NamedTuple):
-    """What the forward pass leaves behind.
+    """Results of the forward pass, and of the head backwards.
 
     Args:
       loss: Scalar.
-      aux: What else the head returned.
+      aux: Second result of the head; None without one.
       inputs: Inputs of the blocks, stacked.
       cotangent: Of the output of the last block.
       outer: Gradient of the parameters by way of the head; zero in the blocks.
@@ -114,7 +112,7 @@ def backward(
     Args:
       model: The model.
       passed: The forward pass.
-      carry: Whatever is handed from visit to visit.
+      carry: Handed from visit to visit.
       layer_of: ``(carry, number) -> Layer``, read before the visit.
       visit: ``(carry, number, Layer, gradients) -> carry``.
 
@@ -130,7 +128,7 @@ def backward(
         # The layer is cut out again for its update, so that nothing is kept for it meanwhile. And
         # XLA's CPU backend otherwise folds the transposition of a bf16 gradient into a projection,
         # and then cannot run that product.
-        own, number = together((gradients[model.blocks], number))
+        own, number = barrier((gradients[model.blocks], number))
         gradients = {**gradients, model.blocks: own}
         return (cotangent, visit(carry, number, layer_of(carry, number), gradients)), None
 
@@ -141,7 +139,7 @@ def backward(
         (jnp.arange(length, dtype=jnp.int32), passed.inputs),
         reverse=True,
     )
-    # In a branch: the zeros that rows are added to would otherwise be there during the whole walk.
+    # In a branch: the zeros that rows are added to would otherwise be there during the whole pass.
     (by_embed,) = jax.lax.cond(
         jax.lax.optimization_barrier(True),
         passed.pull_embed,
@@ -151,8 +149,8 @@ def backward(
     return carry, jax.tree.map(jnp.add, passed.outer, by_embed)
 
 
-def together(tree: Any) -> Any:
-    """`tree`, of which nothing is known before all of it; but what devices share they still do."""
+def barrier(tree: Any) -> Any:
+    """Optimization barrier that keeps which mapped axes every array varies over."""
     return jax.tree.map(
         lambda now, before: before if mapped.varying_axes(now, before) else now,
         jax.lax.optimization_barrier(tree),
