@@ -11,6 +11,8 @@ one fused elementwise loop.
 
 import math
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +24,33 @@ _GOLDEN = np.uint32(0x9E3779B9)
 def matrix_keys(
     seed: int,
     count: jax.Array,
-    path: str,
+    path: str | Sequence[str],
     batch_shape: tuple[int, ...],
     layer: jax.Array | int = 0,
 ) -> jax.Array:
-    """Keys of the matrices of one leaf at one optimizer step.
+    """Keys of the matrices of one leaf, or of several equal ones, at one optimizer step.
 
     Args:
       seed: Seed of the transformation; 32 bits of it count.
       count: int32 scalar, the optimizer step.
-      path: "/"-joined path of the leaf.
+      path: "/"-joined path of the leaf, or of each of them.
       batch_shape: Shape of its batch axes.
       layer: For a slice of one layer out of a stack of layers, the number of the layer.
 
     Returns:
-      ``uint32[*batch, 2]``.
+      ``uint32[*batch, 2]``; ``uint32[leaves, *batch, 2]`` for several.
     """
     size = math.prod(batch_shape)
     index = np.arange(size, dtype=np.uint32).reshape(batch_shape)
     index = index + jnp.asarray(layer, jnp.uint32) * np.uint32(size)
     word = _mix(jnp.asarray(seed & 0xFFFFFFFF, jnp.uint32) + _GOLDEN)
     # crc32: the same in every process and Python version, unlike hash().
-    for part in (count.astype(jnp.uint32), np.uint32(zlib.crc32(path.encode())), index):
+    if isinstance(path, str):
+        hashes: Any = np.uint32(zlib.crc32(path.encode()))
+    else:
+        words = np.asarray([zlib.crc32(one.encode()) for one in path], np.uint32)
+        hashes, index = words.reshape(-1, *[1] * len(batch_shape)), index[None]
+    for part in (count.astype(jnp.uint32), hashes, index):
         word = _mix(word ^ part) + _GOLDEN
     return jnp.stack([word, _mix(word)], axis=-1)
 
@@ -110,6 +117,7 @@ def _bits(key: jax.Array, shape: tuple[int, ...], start: jax.Array | int = 0) ->
     return _mix(_mix(counter ^ key[0]) + key[1])
 
 
+@jax.jit  # one function in a program, however often it is called
 def _mix(word: jax.Array) -> jax.Array:
     """A bijection of uint32 in which every input bit flips about half of the output bits."""
     word = (word ^ (word >> 16)) * np.uint32(0x21F0AAAD)

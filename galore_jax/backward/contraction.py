@@ -158,7 +158,7 @@ class ProjectedContraction:
                 dtype=dtype,
                 matmul=lambda v: one.project(a, b, v, HIGHEST),
                 rmatmul=lambda u: other.project(a, b, u, HIGHEST),
-                magnitude=one._bound(a, b),
+                largest=lambda: one._bound(a, b),
                 projects_input=one.view.projects_input,
             )
 

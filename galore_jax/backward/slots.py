@@ -90,7 +90,7 @@ def cotangents_of(
     """
     names = {*mapped.names(config.axis_name), *mapped.varying_axes(like, slots.basis)}
     everywhere = dataclasses.replace(config, axis_name=tuple(sorted(names)) or None)
-    (refreshed,) = subspace.refresh(everywhere, [leaf], [matrices])
+    refreshed = subspace.refresh(everywhere, leaf, matrices)
     basis = jax.lax.cond(
         jnp.any(refreshed.moved),
         lambda: subspace.decode(config, leaf.plan, refreshed.stored),

@@ -226,7 +226,7 @@ def _cotangents_of_array(static: _Static, residuals: Any, gradient: jax.Array) -
         static.config,
         leaf._replace(plan=plan),
         slots,
-        subspace.dense_matrices(plan, gradient),
+        subspace.dense_matrices(plan, [gradient]),
         functools.partial(plan.view.project, gradient),
         like=gradient,
     )

@@ -7,7 +7,6 @@ from galore_jax.projectors.operator import (
     MatrixOperator,
     dense_operator,
     mean_operator,
-    select_operator,
     working_dtype,
 )
 from galore_jax.projectors.random import random_orthonormal
@@ -27,7 +26,6 @@ __all__ = [
     "orthonormalize",
     "random_orthonormal",
     "randomized_svd",
-    "select_operator",
     "subspace_iteration",
     "svd",
     "working_dtype",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,6 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 Product = Callable[[jax.Array], jax.Array]
 
-# Branches of one conditional.
-_WAYS = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class MatrixOperator:
@@ -28,7 +26,7 @@ class MatrixOperator:
       dtype: Working precision of the products.
       matmul: ``[projected, k] -> [kept, k]``, G·V.
       rmatmul: ``[kept, k] -> [projected, k]``, Gᵀ·U.
-      magnitude: Scalar, the largest absolute entry of G; NaN or inf if G has one.
+      largest: Computes the `magnitude`.
       projects_input: Whether the projected axis is the reduction axis of the leaf.
       dense: Forms the matrix ``[kept, projected]``; None where it must never be formed.
     """
@@ -37,9 +35,14 @@ class MatrixOperator:
     dtype: jax.typing.DTypeLike
     matmul: Product
     rmatmul: Product
-    magnitude: jax.Array
+    largest: Callable[[], jax.Array]
     projects_input: bool
     dense: Callable[[], jax.Array] | None = None
+
+    @functools.cached_property
+    def magnitude(self) -> jax.Array:
+        """Scalar, the largest absolute entry of G; NaN or inf if G has one."""
+        return self.largest()
 
     @property
     def is_usable(self) -> jax.Array:
@@ -57,7 +60,7 @@ class MatrixOperator:
             self,
             matmul=lambda v: self.matmul(v * half) * half,
             rmatmul=lambda u: self.rmatmul(u * half) * half,
-            magnitude=jnp.where(self.is_usable, 1, self.magnitude),
+            largest=lambda: jnp.where(self.is_usable, 1, self.magnitude),
             dense=None if dense is None else lambda: dense() * half * half,
         )
 
@@ -85,41 +88,9 @@ def dense_operator(leaf: jax.Array, view: MatrixView) -> MatrixOperator:
         dtype=wide.dtype,
         matmul=lambda v: view.project(wide, v, HIGHEST),
         rmatmul=lambda u: view.transposed.project(wide, u, HIGHEST),
-        magnitude=jnp.max(jnp.abs(wide)),
+        largest=lambda: jnp.max(jnp.abs(wide)),
         projects_input=view.projects_input,
         dense=lambda: view.to_matrices(wide),
-    )
-
-
-def select_operator(
-    choice: jax.Array | int, makers: Sequence[Callable[[], MatrixOperator]]
-) -> MatrixOperator:
-    """Operator number `choice` of several of one shape, chosen while the program runs.
-
-    Chooses between products, not between matrices: no matrix is copied, and none leaves its place
-    when they are sharded in different ways.
-
-    Args:
-      choice: int scalar.
-      makers: Build the operators.
-
-    Returns:
-      The chosen operator.
-    """
-    if len(makers) == 1:
-        return makers[0]()
-    like = makers[0]()  # for its static fields; what it computes here is never used
-
-    def switch(pick: Callable[[MatrixOperator], Callable[..., jax.Array]]) -> Callable:
-        branches = [lambda *args, make=make: pick(make())(*args) for make in makers]
-        return lambda *operands: _switch(choice, branches, *operands)
-
-    return dataclasses.replace(
-        like,
-        matmul=switch(lambda operator: operator.matmul),
-        rmatmul=switch(lambda operator: operator.rmatmul),
-        magnitude=switch(lambda operator: lambda: operator.magnitude)(),
-        dense=None if like.dense is None else switch(_dense_of),
     )
 
 
@@ -144,31 +115,6 @@ def mean_operator(operator: MatrixOperator, axis_name: mapped.AxisName) -> Matri
         operator,
         matmul=reduced(operator.matmul),
         rmatmul=reduced(operator.rmatmul),
-        magnitude=mapped.largest(operator.magnitude, axis_name),
+        largest=lambda: mapped.largest(operator.magnitude, axis_name),
         dense=None if dense is None else lambda: mapped.mean(dense(), axis_name),
     )
-
-
-def _switch(
-    choice: jax.Array | int, branches: Sequence[Callable[..., jax.Array]], *operands: jax.Array
-) -> jax.Array:
-    """`jax.lax.switch` as a tree of small ones.
-
-    What any branch reads is an operand of all of them: branches times operands would grow with the
-    square of their number, and the time to compile with it.
-    """
-    if len(branches) <= _WAYS:
-        return jax.lax.switch(choice, branches, *operands)
-    size = -(-len(branches) // _WAYS)
-    groups = [branches[i : i + size] for i in range(0, len(branches), size)]
-    rest = choice % size
-    return jax.lax.switch(
-        choice // size,
-        [lambda *args, group=group: _switch(rest, group, *args) for group in groups],
-        *operands,
-    )
-
-
-def _dense_of(operator: MatrixOperator) -> Callable[[], jax.Array]:
-    assert operator.dense is not None
-    return operator.dense

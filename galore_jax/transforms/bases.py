@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from galore_jax.projectors import working_dtype
 from galore_jax.refresh import Observation
 from galore_jax.transforms import projected, subspace
-from galore_jax.transforms.lens import Layer, Lens, together
+from galore_jax.transforms.lens import Layer, Lens
 from galore_jax.transforms.state import LowRankState, RefreshState
 from galore_jax.transforms.subspace import LeafSubspace, Refreshed
 from galore_jax.views import ProjectedGradient
@@ -109,107 +110,110 @@ def refresh(lens: Lens, state: LowRankState, grads: Leaves, layer: Layer) -> Bas
 # closures of a conditional made anew at every call would be compiled anew.
 @functools.partial(jax.jit, static_argnums=0)
 def _refresh(lens: Lens, step: _Step) -> Bases:
-    flags = lens.per_leaf(step.due), lens.per_leaf(step.refreshes)
-    no_key = jnp.zeros((), jnp.uint32)  # found where it is needed
-    leaves = [
-        LeafSubspace(*leaf, no_key) for leaf in zip(lens.plans, step.stored, *flags, strict=True)
-    ]
+    no_share = {name: jnp.zeros(due.shape, jnp.float32) for name, due in step.due.items()}
+    unmoved = {name: jnp.zeros(due.shape, bool) for name, due in step.due.items()}
+    still = Bases(step.stored, unmoved, no_share, no_share, {}, step.inner_state)
     arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
-    unmoved = {
-        i: subspace.unmoved(x.stored, x.due) for i, x in enumerate(leaves) if x.due is not None
-    }
 
     def refreshed() -> Bases:
-        found = unmoved | _find(lens, step, leaves)
-        return _bases(lens, step, found, _carry(lens, step, leaves, {} if arrived else found))
+        now = _find(lens, step, still)
+        return now if arrived else _carry(lens, step, now)
 
-    def kept() -> Bases:
-        return _bases(lens, step, unmoved, step.inner_state)
-
-    if len(arrived) == len(unmoved):
-        now = kept()
+    if sum(plan.is_projected for plan in lens.plans) == len(arrived):
+        now = still
     else:
         is_due = functools.reduce(jnp.logical_or, map(jnp.any, step.due.values()))
-        now = jax.lax.cond(is_due, refreshed, kept)
+        now = jax.lax.cond(is_due, refreshed, lambda: still)
     if not arrived:
         return now
     # These have a question each, so that nobody's basis depends on another gradient.
     for i in arrived:
-        leaf = leaves[i]._replace(key=lens.key(step.count, lens.plans[i], step.layer))
-        brought, value = projected.use_projected_gradient(lens.config, leaf, step.gradients[i])
-        now = _with_leaf(lens, now, i, brought, value)
-    moved = lens.per_leaf(now.moved)
-    found = {i: Refreshed(now.stored[i], moved[i], moved[i], moved[i]) for i in unmoved}
-    return now._replace(inner_state=_carry(lens, step, leaves, found))
+        now = _take(lens, step, now, i)
+    return _carry(lens, step, now)
 
 
-def _find(lens: Lens, step: _Step, leaves: list[LeafSubspace]) -> dict[int, Refreshed]:
-    """New bases from the gradients that exist."""
-    found: dict[int, Refreshed] = {}
-    for members in _alike(lens):
-        dense = [i for i in members if not isinstance(step.gradients[i], ProjectedGradient)]
-        if dense:
-            own = [
-                leaves[i]._replace(key=lens.key(step.count, lens.plans[i], step.layer))
-                for i in dense
-            ]
-            matrices = [subspace.dense_matrices(lens.plans[i], step.gradients[i]) for i in dense]
-            results = subspace.refresh_due(lens.config, own, matrices)
-            found.update(zip(dense, results, strict=True))
-    return found
+def _find(lens: Lens, step: _Step, now: Bases) -> Bases:
+    """New bases from the gradients that exist.
 
-
-def _carry(lens: Lens, step: _Step, leaves: list[LeafSubspace], found: dict[int, Refreshed]) -> Any:
-    """The inner state in the new coordinates."""
-    if not lens.config.transport.carries_state or not found:
-        return step.inner_state
-    changes = [
-        subspace.change_of(lens.config, leaf, found[i]) if i in found else None
-        for i, leaf in enumerate(leaves)
-    ]
-    return lens.config.transport.carry(step.inner_state, lens.treedef, changes)
-
-
-def _with_leaf(lens: Lens, now: Bases, leaf: int, refreshed: Refreshed, value: jax.Array) -> Bases:
-    """The bases with those of a leaf replaced whose gradient arrived projected."""
-    name, members = next(kind for kind in lens.kinds.items() if leaf in kind[1])
-    stored, fields = list(now.stored), {}
-    stored[leaf] = refreshed.stored
-    for field in ("moved", "overlap", "similarity"):
-        flags, own = getattr(now, field), getattr(refreshed, field)
-        lone = len(members) == 1
-        fields[field] = flags | {
-            name: own if lone else flags[name].at[members.index(leaf)].set(own)
-        }
-    return now._replace(stored=stored, arrived=now.arrived | {leaf: value}, **fields)
-
-
-def _alike(lens: Lens) -> list[list[int]]:
-    """Leaves that are looped over together: equal matrices of one kind.
-
-    Equal shapes are not enough: a query and an output kernel may be sharded differently, and their
-    bases would have to move between devices.
+    Equal matrices of one kind are looped over together. Equal shapes are not enough: a query and an
+    output kernel may be sharded differently, and their bases would have to move between devices.
     """
-    groups: dict[Any, list[int]] = {}
     for name, members in lens.kinds.items():
-        for i in members:
-            plan = lens.plans[i]
-            key = name, plan.view, plan.rank, working_dtype(plan.dtype)
-            groups.setdefault(key, []).append(i)
-    return list(groups.values())
+        groups: dict[Any, list[int]] = {}
+        for place, i in enumerate(members):
+            if not isinstance(step.gradients[i], ProjectedGradient):
+                plan = lens.plans[i]
+                key = plan.view, plan.rank, working_dtype(plan.dtype)
+                groups.setdefault(key, []).append(place)
+        for places in groups.values():
+            own, lone = [members[place] for place in places], len(members) == 1
+            paths = [lens.plans[i].path for i in own]
+            group = LeafSubspace(
+                lens.plans[own[0]],
+                [step.stored[i] for i in own],
+                _taken(step.due[name], places, members),
+                _taken(step.refreshes[name], places, members),
+                lens.keys(step.count, own[0], paths[0] if lone else paths, step.layer),
+            )
+            gradients = [step.gradients[i] for i in own]
+            matrices = subspace.dense_matrices(group.plan, gradients)
+            now = _put(
+                now, name, places, members, subspace.refresh_due(lens.config, group, matrices)
+            )
+    return now
 
 
-def _bases(lens: Lens, step: _Step, found: dict[int, Refreshed], inner_state: Any) -> Bases:
-    """The bases of all leaves from those that were found."""
-    flags = [
-        {
-            name: together([getattr(found[i], field) for i in members])
-            for name, members in lens.kinds.items()
-        }
-        for field in ("moved", "overlap", "similarity")
+def _take(lens: Lens, step: _Step, now: Bases, leaf: int) -> Bases:
+    """The bases of a leaf whose gradient arrives projected."""
+    name, members = next(kind for kind in lens.kinds.items() if leaf in kind[1])
+    place, plan = members.index(leaf), lens.plans[leaf]
+    flags = (lens.per_leaf(x)[leaf] for x in (step.due, step.refreshes))
+    key = lens.keys(step.count, leaf, plan.path, step.layer)
+    space = LeafSubspace(plan, step.stored[leaf], *flags, key)
+    brought, value = projected.use_projected_gradient(lens.config, space, step.gradients[leaf])
+    one = Refreshed([brought.stored], *(_as_part(x, members) for x in brought[1:]))
+    return _put(now, name, [place], members, one)._replace(arrived=now.arrived | {leaf: value})
+
+
+def _carry(lens: Lens, step: _Step, now: Bases) -> Bases:
+    """The bases with the inner state in the new coordinates."""
+    if not lens.config.transport.carries_state:
+        return now
+    flags = lens.per_leaf(now.moved), lens.per_leaf(step.refreshes)
+    changes = [
+        subspace.change_of(lens.config, plan, old, new, moved, refreshes == 0)
+        if plan.is_projected
+        else None
+        for plan, old, new, moved, refreshes in zip(
+            lens.plans, step.stored, now.stored, *flags, strict=True
+        )
     ]
-    stored = [found[i].stored if i in found else basis for i, basis in enumerate(step.stored)]
-    return Bases(stored, *flags, {}, inner_state)
+    carried = lens.config.transport.carry(step.inner_state, lens.treedef, changes)
+    return now._replace(inner_state=carried)
+
+
+def _put(now: Bases, name: str, places: list[int], members: list[int], new: Refreshed) -> Bases:
+    """The bases with those of some leaves of one kind replaced."""
+    stored = list(now.stored)
+    for place, basis in zip(places, new.stored, strict=True):
+        stored[members[place]] = basis
+    fields = {}
+    for field in ("moved", "overlap", "similarity"):
+        flags, own = getattr(now, field), getattr(new, field)
+        if len(places) < len(members):
+            own = flags[name].at[np.asarray(places)].set(own)
+        fields[field] = flags | {name: own}
+    return now._replace(stored=stored, **fields)
+
+
+def _taken(flags: jax.Array, places: list[int], members: list[int]) -> jax.Array:
+    """Flags of some leaves of a kind."""
+    return flags if len(places) == len(members) else flags[np.asarray(places)]
+
+
+def _as_part(flags: jax.Array, members: list[int]) -> jax.Array:
+    """Flags of one leaf, as a part of those of its kind."""
+    return flags if len(members) == 1 else flags[None]
 
 
 def decide(

@@ -62,12 +62,15 @@ class Lens:
         stored, flags = self.treedef.flatten_up_to(state.projectors), state.refresh_state
         due, refreshes = self.per_leaf(flags.due), self.per_leaf(flags.refreshes)
         return [
-            LeafSubspace(*leaf, self.key(state.count, leaf[0], layer))
-            for leaf in zip(self.plans, stored, due, refreshes, strict=True)
+            LeafSubspace(*leaf, self.keys(state.count, i, leaf[0].path, layer))
+            for i, leaf in enumerate(zip(self.plans, stored, due, refreshes, strict=True))
         ]
 
-    def key(self, count: jax.Array, plan: LeafPlan, layer: Layer) -> jax.Array:
-        return matrix_keys(self.config.seed, count, plan.path, plan.batch_shape, layer)
+    def keys(
+        self, count: jax.Array, leaf: int, paths: str | Sequence[str], layer: Layer
+    ) -> jax.Array:
+        """Randomness of this step for a leaf, or for several with equal batch axes."""
+        return matrix_keys(self.config.seed, count, paths, self.plans[leaf].batch_shape, layer)
 
     def at_state_dtype(self, leaf: int, value: Any) -> Any:
         """A leaf at full size as the inner transformation sees it."""

@@ -15,7 +15,6 @@ from galore_jax.projectors import (
     dense_operator,
     mean_operator,
     orthonormalize,
-    select_operator,
     working_dtype,
 )
 from galore_jax.transforms.config import LowRankConfig
@@ -58,6 +57,8 @@ class Refreshed(NamedTuple):
     similarity: jax.Array
 
 
+# Branches of one conditional.
+_WAYS = 8
 # A gradient matrix by its number along the flattened batch axes of its leaf.
 Matrices = Callable[[jax.Array], MatrixOperator]
 
@@ -115,10 +116,11 @@ def project(
     return plan.view.project(gradient, basis).astype(config.state_dtype)
 
 
-def change_of(config: LowRankConfig, leaf: LeafSubspace, refreshed: Refreshed) -> BasisChange:
-    """Old and new bases, decoded."""
-    old, new = (decode(config, leaf.plan, x) for x in (leaf.stored, refreshed.stored))
-    return BasisChange(old, new, refreshed.moved, leaf.refreshes == 0)
+def change_of(
+    config: LowRankConfig, plan: LeafPlan, old: Any, new: Any, moved: jax.Array, initial: jax.Array
+) -> BasisChange:
+    """The change from stored bases to others, decoded."""
+    return BasisChange(decode(config, plan, old), decode(config, plan, new), moved, initial)
 
 
 def unmoved(stored: Any, batch: jax.Array) -> Refreshed:
@@ -181,16 +183,14 @@ def replaced(
     return Refreshed(where_matrices(usable, encoded, stored), usable, shares[0], shares[-1])
 
 
-def refresh(
-    config: LowRankConfig, group: Sequence[LeafSubspace], gradients: Sequence[Matrices]
-) -> list[Refreshed]:
-    """Recomputes the bases that are due, under one conditional with a scalar predicate."""
-    any_due = functools.reduce(jnp.logical_or, (jnp.any(leaf.due) for leaf in group))
-    return jax.lax.cond(
-        any_due,
-        lambda: refresh_due(config, group, gradients),
-        lambda: [unmoved(leaf.stored, leaf.due) for leaf in group],
-    )
+def refresh(config: LowRankConfig, leaf: LeafSubspace, gradient: Matrices) -> Refreshed:
+    """Recomputes the bases of one leaf that are due, under one conditional for all of them."""
+
+    def due() -> Refreshed:
+        ((stored,), *flags) = refresh_due(config, leaf._replace(stored=[leaf.stored]), gradient)
+        return Refreshed(stored, *flags)
+
+    return jax.lax.cond(jnp.any(leaf.due), due, lambda: unmoved(leaf.stored, leaf.due))
 
 
 class _Progress(NamedTuple):
@@ -200,9 +200,7 @@ class _Progress(NamedTuple):
     refreshed: Refreshed
 
 
-def refresh_due(
-    config: LowRankConfig, group: Sequence[LeafSubspace], gradients: Sequence[Matrices]
-) -> list[Refreshed]:
+def refresh_due(config: LowRankConfig, group: LeafSubspace, gradient: Matrices) -> Refreshed:
     """Recomputes the bases that are due, from their gradients.
 
     A loop over the due matrices of all leaves: one factorization is compiled, and the memory of one
@@ -211,31 +209,29 @@ def refresh_due(
 
     Args:
       config: The lens.
-      group: Leaves whose plans differ in their paths only.
-      gradients: Their gradients, known by their products.
+      group: Leaves whose plans differ in their paths only: the plan of one, a list of stored bases,
+        and their flags and keys in one array each, ``[leaves, *batch, ...]`` or ``[*batch, ...]``.
+      gradient: Their gradient matrices, by their numbers in that order.
 
     Returns:
-      The bases of each leaf.
+      The bases, in the same form.
     """
-    plan, view = group[0].plan, group[0].plan.view
+    plan, view, shape = group.plan, group.plan.view, group.due.shape
     assert view is not None
-    due, refreshes, key, stored = (
-        _concatenate(view.batch_shape, [getattr(leaf, name) for leaf in group])
-        for name in ("due", "refreshes", "key", "stored")
-    )
+    due, refreshes = group.due.reshape(-1), group.refreshes.reshape(-1)
+    key = group.key.reshape(-1, group.key.shape[-1])
+    stored = _concatenate(view.batch_shape, group.stored)
 
     def body(progress: _Progress) -> _Progress:
         # Unsigned: an index that cannot be negative needs no wrapping around.
         number = jnp.argmax(progress.left).astype(jnp.uint32)
-        leaf, index = (0, number) if len(group) == 1 else jnp.divmod(number, view.num_matrices)
-        makers = [functools.partial(gradient, index) for gradient in gradients]
-        gradient = mean_operator(select_operator(leaf, makers), config.axis_name)
+        matrix = mean_operator(gradient(number), config.axis_name)
         old = jax.tree.map(lambda parts: _at(parts, number), progress.refreshed.stored)
 
         def find() -> Refreshed:
-            previous = config.codec.decode(old, gradient.dtype, (view.projected_size, plan.rank))
+            previous = config.codec.decode(old, matrix.dtype, (view.projected_size, plan.rank))
             basis = config.projector.basis(
-                gradient,
+                matrix,
                 plan.rank,
                 previous=previous,
                 refreshes=_at(refreshes, number),
@@ -245,7 +241,7 @@ def refresh_due(
             finite = jnp.all(jnp.isfinite(basis))
             return replaced(config, plan, old, basis, finite, _at(key, number))
 
-        refreshed = jax.lax.cond(gradient.is_usable, find, lambda: unmoved(old, number))
+        refreshed = jax.lax.cond(matrix.is_usable, find, lambda: unmoved(old, number))
         return jax.tree.map(
             lambda parts, part: jax.lax.dynamic_update_index_in_dim(parts, part, number, 0),
             progress,
@@ -253,15 +249,46 @@ def refresh_due(
         )
 
     start = _Progress(due, unmoved(stored, due))
-    done = jax.lax.while_loop(lambda progress: jnp.any(progress.left), body, start)
-    return _split(view.batch_shape, len(group), done.refreshed)
+    done = jax.lax.while_loop(lambda progress: jnp.any(progress.left), body, start).refreshed
+    return Refreshed(
+        _split(view.batch_shape, len(group.stored), done.stored),
+        *(flags.reshape(shape) for flags in done[1:]),
+    )
 
 
-def dense_matrices(plan: LeafPlan, gradient: jax.Array) -> Matrices:
-    """The matrices of a gradient that exists, in the shape of its leaf."""
+def dense_matrices(plan: LeafPlan, gradients: Sequence[jax.Array]) -> Matrices:
+    """The matrices of gradients that exist, in the shapes of equal leaves.
+
+    One matrix at a time is copied out of its leaf, so that the program has one copy of what is done
+    with it.
+    """
     view = plan.view
     assert view is not None
-    return lambda index: dense_operator(view.entry(gradient, index), view.unbatched)
+    if len(gradients) == 1:
+        return lambda number: dense_operator(view.entry(gradients[0], number), view.unbatched)
+
+    def matrix(number: jax.Array) -> MatrixOperator:
+        leaf, index = jnp.divmod(number, view.num_matrices)
+        entries = [functools.partial(view.entry, gradient, index) for gradient in gradients]
+        return dense_operator(_switch(leaf, entries), view.unbatched)
+
+    return matrix
+
+
+def _switch(choice: jax.Array, branches: Sequence[Callable[[], jax.Array]]) -> jax.Array:
+    """`jax.lax.switch` as a tree of small ones.
+
+    What any branch reads is an operand of all of them: branches times operands would grow with the
+    square of their number, and the time to compile with it.
+    """
+    if len(branches) <= _WAYS:
+        return jax.lax.switch(choice, branches)
+    size = -(-len(branches) // _WAYS)
+    groups = [branches[i : i + size] for i in range(0, len(branches), size)]
+    rest = choice % size
+    return jax.lax.switch(
+        choice // size, [functools.partial(_switch, rest, group) for group in groups]
+    )
 
 
 def over_batch(fn: Callable[..., jax.Array], axes: int) -> Callable[..., jax.Array]:
