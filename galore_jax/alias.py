@@ -11,6 +11,7 @@ import optax
 from galore_jax.codecs import Codec, cast, int4
 from galore_jax.mapped import AxisName
 from galore_jax.projectors import Projector
+from galore_jax.recovery import Recovery
 from galore_jax.refresh import RefreshPolicy, adaptive
 from galore_jax.signatures import spelled_out
 from galore_jax.transforms import low_rank_projection, scale_by_adam8bit
@@ -34,6 +35,7 @@ def galore(
     axes: Any = None,
     projector: Projector | None = None,
     transport: Transport | None = None,
+    recovery: Recovery | None = None,
     side: Side = "short",
     targets: Targets = None,
     codec: Codec | None = None,
@@ -61,6 +63,7 @@ def galore(
       axes: Axes that form the matrix; see `low_rank_projection`, as for all options below.
       projector: Method that finds a basis; default ``projectors.randomized_svd()``.
       transport: Change of the moments when a basis moves; default ``transport.align()``.
+      recovery: Use of what a basis leaves out of a gradient; default ``recovery.drop()``.
       side: Matrix axis that is projected: "short", "long", "input" or "output".
       targets: Leaves that are projected; default: not embeddings, head, norms and biases.
       codec: Storage format of a basis; default ``codecs.identity()``.
@@ -94,6 +97,7 @@ def galore(
         projector=projector,
         refresh=update_proj_gap,
         transport=transport,
+        recovery=recovery,
         scale=scale,
         side=side,
         axes=weight_dimension_numbers if axes is None else axes,

@@ -175,9 +175,10 @@ def describe(
         lens, owners = lens_on(node, likes)
         plans.update({like.owner: plan for like, plan in zip(owners, lens.plans, strict=True)})
     arrays = jax.tree.leaves(state_arrays(state, leaves))
-    own = [[a for a in arrays if a.owner == number] for number in range(len(leaves.values))]
+    own = [[a for a in arrays if i in a.shares] for i in range(len(leaves.values))]
     rows = [
-        _row(leaves.paths[i], like, plans.get(i), own[i]) for i, like in enumerate(leaves.shapes)
+        _row(leaves.paths[i], like, plans.get(i), sum(a.shares[i] for a in own[i] if a.shape))
+        for i, like in enumerate(leaves.shapes)
     ]
     if params_sharding is not None and rows:
         shardings = shardings_per_leaf(params, params_sharding)
@@ -196,9 +197,8 @@ def describe(
 
 
 def _row(
-    path: str, leaf: jax.ShapeDtypeStruct, plan: LeafPlan | None, arrays: list[StateArray]
+    path: str, leaf: jax.ShapeDtypeStruct, plan: LeafPlan | None, size: int
 ) -> LeafDescription:
-    size = sum(array.nbytes for array in arrays if array.shape)  # no placeholders
     if plan is None:
         return LeafDescription(path, leaf.shape, False, "", 0, size, "not seen by a lens")
     is_matrix = getattr(plan, "is_matrix", plan.is_projected)
@@ -241,9 +241,11 @@ def _leaf_sharding(
         basis=largest([PROJECTORS]),
         moments=largest([MOMENTS, FULL_RANK, OTHER]),
         state_bytes=sum(
-            math.prod(place(array, spread).shard_shape(array.shape)) * array.dtype.itemsize
+            math.prod(place(array, spread).shard_shape(array.shape))
+            * array.dtype.itemsize
+            // len(array.shares)
             for array in arrays
-            if array.shape
+            if array.shape  # no placeholders
         ),
         notes=(*_notes_of_plan(sharding.spec, plans.get(number)), *notes),
     )

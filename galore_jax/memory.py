@@ -146,7 +146,8 @@ def report(opt_state: Any, params: Any) -> Memory:
         collections.Counter
     )
     for array in jax.tree.leaves(state_arrays(opt_state, leaves)):
-        sizes[array.owner][array.role] += array.nbytes
+        for owner, size in array.shares.items():
+            sizes[owner][array.role] += size
     rows = [
         LeafMemory(path=path, shape=like.shape, weights=tree_bytes(leaf), **sizes[number])
         for number, (path, like, leaf) in enumerate(

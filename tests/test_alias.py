@@ -13,7 +13,7 @@ import pytest
 import galore_jax as gj
 
 SHARED = (
-    "projector=None, transport=None, side='short', targets=None, codec=None, "
+    "projector=None, transport=None, recovery=None, side='short', targets=None, codec=None, "
     "state_dtype='float32', axis_name=None, seed=None"
 )
 OWN = {

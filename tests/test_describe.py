@@ -22,12 +22,11 @@ PARAMS = {
 }
 AXES = gj.MatrixAxes()
 FLOAT = 4
-# Adam keeps two fp32 arrays; a projected matrix adds its basis. A stack also has its own flags,
-# counters and places among all matrices: one byte, one int32 and one uint32 per matrix.
+# Adam keeps two fp32 arrays; a projected matrix adds its basis. A stack also has a flag, a count
+# and an overlap for each of its matrices.
 HAND = {
     "embed": 2 * 50 * 16 * FLOAT,
-    "layers/up": 3 * (16 * 4 + 2 * 40 * 4) * FLOAT
-    + 3 * (1 + 4 + 4 + 4),  # due, refreshes, overlap, place
+    "layers/up": 3 * (16 * 4 + 2 * 40 * 4) * FLOAT + 3 * (1 + 4 + 4),
     "layers/scale": 2 * 3 * 16 * FLOAT,
     "down": (16 * 4 + 2 * 40 * 4) * FLOAT,
     "bias": 2 * 16 * FLOAT,
@@ -90,9 +89,32 @@ def test_the_table():
     assert len(lines) == 2 + len(HAND) + 1
     up = next(line for line in lines if line.startswith("layers/up"))
     assert "(3,16,40)" in up and "yes" in up and "input" in up and " 4 " in up
-    total = sum(HAND.values())
-    assert lines[-1].startswith("6 leaves") and f"{total / 1024:.1f} KiB" in lines[-1]
+    total = sum(x.nbytes for x in jax.tree.leaves(gj.galore_adamw(1e-2, 4, axes=AXES).init(PARAMS)))
+    adamw = sum(x.nbytes for x in jax.tree.leaves(optax.adamw(1e-2).init(PARAMS)))
+    assert lines[-1] == (
+        f"2 of 2 matrices projected; state {total / 1e3:.1f} kB, AdamW {adamw / 1e3:.1f} kB "
+        f"({100 * total / adamw:.0f} %)"
+    )
     assert len({line.index("yes") for line in lines if " yes " in line}) == 1  # columns line up
+
+
+def test_equal_layers_share_a_line():
+    layer = {"up": jnp.zeros((16, 40)), "scale": jnp.zeros(16)}
+    params = {"layers": [layer] * 12, "other": {"up": jnp.zeros((16, 24))}}
+    seen = gj.describe(gj.galore_adamw(1e-2, 4), params)
+    lines = [line.split() for line in str(seen).splitlines()[2:-1]]
+    each = 16 * 4 * FLOAT + 2 * 40 * 4 * FLOAT
+    assert [line[:3] for line in lines] == [
+        ["layers/{0..11}/scale", "(x12)", "(16)"],
+        ["layers/{0..11}/up", "(x12)", "(16,40)"],
+        ["other/up", "(16,24)", "yes"],
+    ]
+    # Flags of the twelve lie in one array, a twelfth of which is each one's.
+    assert {r.state_bytes for r in seen.rows if r.path.endswith("/up")} == {
+        each + 9,
+        16 * 4 * 4 * 4,
+    }
+    assert f"{12 * (each + 9) / 1e3:.1f}" in lines[1]
 
 
 def test_abstract_parameters():
@@ -104,7 +126,7 @@ def test_abstract_parameters():
 
 def test_without_leaves():
     assert gj.describe(gj.galore_adamw(1e-2, 4), {}).rows == ()
-    assert "0 leaves" in str(gj.describe(gj.galore_adamw(1e-2, 4), {}))
+    assert "0 of 0 matrices" in str(gj.describe(gj.galore_adamw(1e-2, 4), {}))
 
 
 def test_without_a_lens():
@@ -274,7 +296,7 @@ def test_the_table_with_shardings():
     ]  # fmt: skip
     down = next(line for line in lines if line.startswith("down"))
     assert "(data,model)" in down and "(model,-)" in down and "(data,-)" in down
-    assert lines[7].startswith("5 leaves, state ") and lines[7].endswith(" per device")
+    assert lines[7].startswith("3 of 3 matrices") and lines[7].endswith(" per device")
     footnotes = "\n".join(lines[8:])
     assert "down, q: projectors" not in footnotes  # q keeps nothing in pieces
     assert "up: mu, nu replicated over model" in footnotes

@@ -36,10 +36,10 @@ INTERNAL = {
         "HIGHEST",
         "dense_operator",
         "mean_operator",
-        "select_operator",
+        "orthonormalize",
         "working_dtype",
     },
-    "refresh": {"as_policy", "places_of"},
+    "refresh": {"as_policy", "phases", "Matrices", "Observation"},
     "quant": {"matmul"},
     "backward": {"matmul", "projected_value_and_grad"},
 }

@@ -13,10 +13,9 @@ from galore_jax.checks import check_count
 from galore_jax.meshes import sharded_alike
 from galore_jax.transforms import bases, subspace
 from galore_jax.transforms.lens import Layer, Lens, entered, full_shapes
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import current_lenses, find_lenses
 from galore_jax.transforms.projected import updates_like
-from galore_jax.transforms.state import AccumulateState, LowRankState
-from galore_jax.transforms.state_tree import lens_on, likes_of
+from galore_jax.transforms.state import AccumulateState
 from galore_jax.views import ProjectedGradient
 from galore_jax.views.leaves import Leaves, abstract
 
@@ -89,7 +88,8 @@ def accumulate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
         grads = Leaves.of(updates)
-        shapes = Leaves.of(grads.tree(full_shapes(grads, params)))
+        own = full_shapes(grads, params)
+        shapes = Leaves.of(grads.tree(own if params is None else Leaves.of(params).shapes))
         spaces = _spaces(state.opt_state, shapes)
         if params is None:
             _check_nothing_projected(shapes, spaces)
@@ -136,13 +136,12 @@ class _Space(NamedTuple):
 
 def _spaces(opt_state: Any, leaves: Leaves) -> list[_Space]:
     """The space of every leaf."""
-    spaces, likes = [_Space()] * len(leaves.values), likes_of(leaves)
-    for state in find_lenses(opt_state):
-        lens, seen = lens_on(state, likes)
+    spaces = [_Space()] * len(leaves.values)
+    for state, lens, owners in current_lenses(opt_state, leaves):
         stored = lens.treedef.flatten_up_to(state.projectors)
-        for number, like in enumerate(seen):
+        for number, owner in enumerate(owners):
             if lens.plans[number].is_projected:
-                spaces[like.owner] = _Space(lens, number, stored[number])
+                spaces[owner] = _Space(lens, number, stored[number])
     return spaces
 
 
@@ -195,13 +194,11 @@ def _add(state: AccumulateState, grads: Leaves, shapes: Leaves, layer: Layer) ->
     """The window with one more micro-batch in it, not reduced over devices."""
     first = state.mini_step == 0
     sums, stored, moved = (grads.split(x) for x in (state.sums, state.projectors, state.moved))
-    values, likes = list(grads.values), likes_of(shapes)
+    values = list(grads.values)
     axis_names: list[mapped.AxisName] = [None] * len(values)
-    for node in find_lenses(state.opt_state):
-        lens, seen = lens_on(node, likes)
-        owners = [like.owner for like in seen]
+    for begun, lens, owners in current_lenses(state, shapes):
         own = Leaves.of(lens.treedef.unflatten([grads.values[owner] for owner in owners]))
-        begun = _in_window(lens, node, [stored[owner] for owner in owners], first)
+        begun = entered(lens, begun)._replace(inner_state=())
         now = bases.refresh(lens, begun, own, layer)
         new = lens.per_leaf(now.moved)
         for number, owner in enumerate(owners):
@@ -221,22 +218,6 @@ def _add(state: AccumulateState, grads: Leaves, shapes: Leaves, layer: Layer) ->
             sums[i] = jnp.where(first, jnp.zeros((), sums[i].dtype), sums[i]) + value
     trees = {"sums": sums, "projectors": stored, "moved": moved}
     return state._replace(**{name: grads.tree(leaves) for name, leaves in trees.items()})
-
-
-def _in_window(lens: Lens, node: LowRankState, stored: list[Any], first: jax.Array) -> LowRankState:
-    """A lens that has the bases of a window which has begun, and refreshes at its start only."""
-    at_start = entered(lens, node)
-    chosen = [
-        jax.tree.map(lambda now, then: jnp.where(first, now, then.astype(now.dtype)), *pair)
-        for pair in zip(lens.treedef.flatten_up_to(at_start.projectors), stored, strict=True)
-    ]
-    flags = at_start.refresh_state
-    due = {name: flag & first for name, flag in flags.due.items()}
-    return at_start._replace(
-        projectors=lens.treedef.unflatten(chosen),
-        refresh_state=flags._replace(due=due),
-        inner_state=(),
-    )
 
 
 def _mean(window: AccumulateState, spaces: list[_Space], grads: Leaves, every: int) -> Any:

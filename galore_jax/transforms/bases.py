@@ -85,10 +85,12 @@ class Bases(NamedTuple):
 
 
 def refresh(lens: Lens, state: LowRankState, grads: Leaves, layer: Layer) -> Bases:
-    """The bases of this step: those that are due recomputed, under one conditional for all.
+    """The bases of this step, recomputed where they are due, under one conditional for all.
 
     A step on which nothing is due pays for the question alone.
     """
+    if not lens.kinds:
+        return Bases(grads.split(state.projectors), {}, {}, {}, {}, state.inner_state)
     carries = lens.config.transport.carries_state
     step = _Step(
         count=state.count,

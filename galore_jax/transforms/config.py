@@ -65,6 +65,7 @@ def low_rank_config(
     seed: int | None,
 ) -> LowRankConfig:
     """The defaults filled in, and everything checked that can be checked without parameters."""
+    rank = rank_rule(rank)
     check_side(side)
     projector = _instance("projector", projector, Projector, default=randomized_svd())
     transport = _instance("transport", transport, Transport, default=align())
@@ -86,7 +87,7 @@ def low_rank_config(
             "static_args=galore_jax.STATIC_ARGS."
         )
     return LowRankConfig(
-        rank=rank_rule(rank),
+        rank=rank,
         side=side,
         axes=axes_rule(axes),
         targets=targets_rule(targets),

@@ -61,6 +61,9 @@ class Lens:
         """The subspaces of every leaf; placeholders for those that are not projected."""
         stored, flags = self.treedef.flatten_up_to(state.projectors), state.refresh_state
         due, refreshes = self.per_leaf(flags.due), self.per_leaf(flags.refreshes)
+        for i, plan in enumerate(self.plans):
+            if not plan.is_projected:
+                due[i], refreshes[i] = jnp.zeros((), bool), jnp.zeros((), jnp.int32)
         return [
             LeafSubspace(*leaf, self.keys(state.count, i, leaf[0].path, layer))
             for i, leaf in enumerate(zip(self.plans, stored, due, refreshes, strict=True))

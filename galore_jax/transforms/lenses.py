@@ -10,7 +10,7 @@ import optax
 
 from galore_jax.checks import quietly
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.lens import Layer, check_same_storage, entered, kinds_of
+from galore_jax.transforms.lens import Layer, Lens, check_same_storage, entered, kinds_of
 from galore_jax.transforms.state import AccumulateState, LowRankState
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.transforms.subspace import LeafSubspace
@@ -41,16 +41,49 @@ def lens_leaves(opt_state: Any, params: Any, layer: Layer = 0) -> list[LensLeave
       params: Its parameters, or their `ShapeDtypeStruct`s.
       layer: See `low_rank_projection`.
     """
-    likes, found = likes_of(Leaves.of(params)), []
+    return [
+        LensLeaves(state.config, lens.subspaces(state, layer), owners)
+        for state, lens, owners in current_lenses(opt_state, Leaves.of(params))
+    ]
+
+
+def current_lenses(opt_state: Any, leaves: Leaves) -> list[tuple[LowRankState, Lens, list[int]]]:
+    """The lenses of a state on its parameters, with the bases that the next gradient is taken in.
+
+    Args:
+      opt_state: State of any transformation.
+      leaves: Its parameters, or their shapes.
+
+    Returns:
+      For each lens its state, its plans, and the numbers of its leaves among all.
+    """
+    likes = likes_of(leaves)
+    found: list[tuple[LowRankState, Lens, list[int]]] = []
     for node in jax.tree.leaves(opt_state, is_leaf=_is_known):
         if isinstance(node, LowRankState):
             lens, seen = lens_on(node, likes)
-            owners = [like.owner for like in seen]
-            found.append(LensLeaves(node.config, lens.subspaces(node, layer), owners))
+            found.append((node, lens, [like.owner for like in seen]))
         elif isinstance(node, AccumulateState):
-            inner = lens_leaves(node.opt_state, params, layer)
-            found.extend(_of_window(node, lens) for lens in inner)
+            stored = leaves.split(node.projectors)
+            for state, lens, owners in current_lenses(node.opt_state, leaves):
+                own = [stored[owner] for owner in owners]
+                found.append((_in_window(lens, state, own, node.mini_step == 0), lens, owners))
     return found
+
+
+def _in_window(
+    lens: Lens, state: LowRankState, stored: list[Any], first: jax.Array
+) -> LowRankState:
+    """A lens with the bases of a window that has begun, which refreshes at its start only."""
+    chosen = [
+        jax.tree.map(lambda now, then: jnp.where(first, now, then.astype(now.dtype)), *pair)
+        for pair in zip(lens.treedef.flatten_up_to(state.projectors), stored, strict=True)
+    ]
+    flags = state.refresh_state
+    due = {name: flag.astype(bool) & first for name, flag in flags.due.items()}
+    return state._replace(
+        projectors=lens.treedef.unflatten(chosen), refresh_state=flags._replace(due=due)
+    )
 
 
 def with_configs(opt_state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
@@ -89,23 +122,6 @@ def find_lenses(opt_state: Any) -> list[LowRankState]:
     """All states of `low_rank_projection` in an optimizer state, in order."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LowRankState))
     return [node for node in nodes if isinstance(node, LowRankState)]
-
-
-def _of_window(window: AccumulateState, lens: LensLeaves) -> LensLeaves:
-    """Bases of a window that has begun."""
-    first = window.mini_step == 0
-    stored = Leaves.of(window.sums).split(window.projectors)
-    return lens._replace(
-        subspaces=[
-            leaf._replace(
-                stored=jax.tree.map(
-                    lambda now, then: jnp.where(first, now, then), leaf.stored, stored[owner]
-                ),
-                due=leaf.due & first,
-            )
-            for leaf, owner in zip(lens.subspaces, lens.owners, strict=True)
-        ]
-    )
 
 
 def _is_known(node: Any) -> bool:

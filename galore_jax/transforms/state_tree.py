@@ -70,6 +70,7 @@ class StateArray:
       dtype: Its dtype.
       kept: See `Like`.
       spare: See `Like`.
+      shared_by: Numbers of the parameters that have equal shares in it, if there are several.
     """
 
     owner: int | None
@@ -80,10 +81,17 @@ class StateArray:
     dtype: Any
     kept: int = 0
     spare: Axes = ()
+    shared_by: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def shares(self) -> dict[int | None, int]:
+        """Bytes by the number of the parameter."""
+        owners = self.shared_by or (self.owner,)
+        return dict.fromkeys(owners, self.nbytes // len(owners))
 
 
 def likes_of(leaves: Leaves) -> Any:
@@ -188,19 +196,14 @@ def _any(node: Any, likes: Any, name: str) -> Any:
 def _lens(state: LowRankState, likes: Any) -> LowRankState:
     lens, owners = lens_on(state, likes)
     low_rank = list(map(_low_rank, lens.plans, owners))
-    nobody = _for_nobody(REFRESH)
+    flags = state.refresh_state
     by_leaf = lens.treedef.flatten_up_to
     return state._replace(
         count=_of_nobody(state.count, "count", OTHER),
         projectors=lens.treedef.unflatten(
             map(_stored, map(_basis, lens.plans, owners), by_leaf(state.projectors))
         ),
-        refresh_state=state.refresh_state._replace(
-            due=nobody(state.refresh_state.due),
-            refreshes=nobody(state.refresh_state.refreshes),
-            overlap=nobody(state.refresh_state.overlap),
-            memory=_memory(state.refresh_state.memory, lens, low_rank),
-        ),
+        refresh_state=type(flags)(*(_by_kind(field, lens, low_rank) for field in flags)),
         inner_state=_any(state.inner_state, lens.treedef.unflatten(low_rank), ""),
         recovery_state=lens.memories(
             list(
@@ -237,7 +240,7 @@ def _window(window: AccumulateState, likes: Any) -> AccumulateState:
         mini_step=_of_nobody(window.mini_step, "mini_step", OTHER),
         sums=each(window.sums, sums, "sums"),
         projectors=each(window.projectors, bases, "projectors"),
-        moved=_for_nobody(OTHER)(window.moved),
+        moved=jax.tree.map(lambda x: _of_nobody(x, "moved", OTHER), window.moved),
         opt_state=_any(window.opt_state, likes, ""),
     )
 
@@ -326,25 +329,25 @@ def _recovered(likes: tuple[Like, Like], node: Any) -> Any:
     )
 
 
-def _memory(memory: Any, lens: Lens, low_rank: Sequence[Like]) -> Any:
-    """Memory of a policy: numbers per matrix, or tuples of one array like R per leaf."""
-    if not isinstance(memory, dict):
-        return _for_nobody(REFRESH)(memory)
+def _by_kind(field: Any, lens: Lens, low_rank: Sequence[Like]) -> Any:
+    """Flags and memory: numbers per matrix, or tuples of one array like R per leaf."""
+    if not isinstance(field, dict):
+        return _of_nobody(field, REFRESH, REFRESH)
 
     def of_kind(node: Any, members: list[int]) -> Any:
-        likes = [low_rank[i] for i in members]
+        likes = [_replace(low_rank[i], role=REFRESH) for i in members]
+        owners = tuple(like.owner for like in likes)
 
         def of(part: Any) -> Any:
-            if type(part) is not tuple or [x.shape for x in part] != [x.shape for x in likes]:
-                return _for_nobody(REFRESH)(part)
-            return tuple(
-                _stored(_replace(like, role=REFRESH), x, "memory")
-                for like, x in zip(likes, part, strict=True)
+            if type(part) is tuple and [x.shape for x in part] == [x.shape for x in likes]:
+                return tuple(_stored(*pair, "memory") for pair in zip(likes, part, strict=True))
+            return jax.tree.map(
+                lambda x: _replace(_of_nobody(x, REFRESH, REFRESH), shared_by=owners), part
             )
 
         return jax.tree.map(of, node, is_leaf=lambda x: type(x) is tuple)
 
-    return {name: of_kind(memory[name], members) for name, members in lens.kinds.items()}
+    return {name: of_kind(field[name], members) for name, members in lens.kinds.items()}
 
 
 def _array(like: Like, x: Any, axes: tuple[Axes, ...], name: str) -> StateArray:
@@ -357,10 +360,6 @@ def _array(like: Like, x: Any, axes: tuple[Axes, ...], name: str) -> StateArray:
 def _of_nobody(x: Any, name: str, role: str) -> StateArray:
     shape = jnp.shape(x)
     return StateArray(None, role, ((),) * len(shape), name, shape, jnp.result_type(x))
-
-
-def _for_nobody(role: str) -> Callable[[Any], Any]:
-    return lambda tree: jax.tree.map(lambda x: _of_nobody(x, role, role), tree)
 
 
 def _each_array(node: Any, fn: Callable[[Any, str], StateArray]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 import warnings
@@ -29,7 +30,8 @@ def check_projection(
     """Raises if nothing is projected by mistake, and warns of options without effect.
 
     Silent about what was chosen: leaves that a callable or an entry None leaves out, ranks that
-    reach only some of the leaves, and models without a matrix that `targets` take.
+    reach only some of the leaves, rank=1.0, and models without a matrix that `targets` take, or
+    with tiny ones only.
 
     Args:
       plans: Plans of all leaves that the lens sees.
@@ -42,7 +44,7 @@ def check_projection(
       ValueError: No leaf is projected, although some are matrices that `targets` take, or because
         `targets` match no leaf.
     """
-    if not any(len(plan.shape) > 1 for plan in plans):
+    if not any(len(plan.shape) > 1 and math.prod(plan.shape[-2:]) >= _ENTRIES for plan in plans):
         return
     targets, axes = patterns(rules.targets), rules.axes
     keys = [key for key, _ in axes.rules] if isinstance(axes, AxesByPath) else []
@@ -55,6 +57,8 @@ def check_projection(
     needing = [leaf for leaf in readings if 0 < leaf.rank < leaf.limit]
     limits = [leaf.limit for leaf in readings if 1 < leaf.limit <= leaf.rank]
     limits += [plan.limit for plan in plans if plan.limit > 1]
+    if isinstance(rules.rank, float) and rules.rank == 1:
+        limits = []  # all of every matrix
     if any(plan.is_projected for plan in plans):
         needing = [leaf for leaf in needing if leaf.entries >= _ENTRIES]
         notes += [_needs_axes(needing, rules)] if needing else []

@@ -195,13 +195,13 @@ def test_the_memory_of_adaptive_goes_through_a_checkpoint(tmp_path):
         _, state = step(grads, state)
     restored = through_v1(tmp_path / "checkpoint", state, tx.init(PARAMS))
     assert_same_bits(restored, state)
-    assert (restored.refresh_state.memory.similarities["w"] >= 0).tolist() == [False, True]
+    assert (restored.refresh_state.memory["w"].similarities >= 0).tolist() == [False, True]
     for grads in (GRADS * 3)[2:]:
         update, state = step(grads, state)
         again, restored = step(grads, restored)
         assert_same_bits(again, update)
     assert_same_bits(restored, state)
-    assert int(state.refresh_state.memory.gap["w"]) > 1
+    assert int(state.refresh_state.memory["w"].gap) > 1
 
 
 @pytest.mark.xfail(strict=True, reason="the configuration is static and no part of a checkpoint")

@@ -49,7 +49,7 @@ def test_equal_to_one_device(mesh, inner, kind):
     error, leaf = distance(way, alone(inner))
     assert error < TOLERANCE[inner], leaf
     lens = state[0].inner_states["short"].inner_state
-    assert int(lens.refresh_state.refreshes["short"]["fsdp"]["tall"]) == STEPS // LENS["refresh"]
+    assert int(lens.refresh_state.refreshes["short.fsdp.tall"]) == STEPS // LENS["refresh"]
     for array, like in zip(
         jax.tree.leaves(state),
         jax.tree.leaves(gj.state_sharding(optimizer(inner), draw(0, EVERY_SHAPE), sharding)),

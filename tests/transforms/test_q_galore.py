@@ -158,7 +158,7 @@ def test_what_is_stored_in_what(trained):
         assert moments["layers"]["up"]["kernel"].codes.dtype == jnp.uint8
         assert moments["layers"]["down"]["kernel"].codes.shape == (LAYERS, HIDDEN, RANK // 2)
         assert moments["layers"]["up"]["bias"].dtype == jnp.float32
-    refreshes = lens.refresh_state.refreshes["layers"]["up"]["kernel"]
+    refreshes = lens.refresh_state.refreshes["layers.up.kernel"]
     assert refreshes.shape == (LAYERS,) and np.all(np.asarray(refreshes) >= 2)
 
 

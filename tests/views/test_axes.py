@@ -162,12 +162,12 @@ def test_a_callable_gets_one_shape_for_a_quantized_leaf_and_none_for_a_masked_on
 
 
 def test_leaves_with_equal_paths():
-    """Position says which leaf is which."""
+    """Position says which leaf is which; for people the paths are written out."""
     params = {"a/b": jnp.zeros((16, 24)), "a": {"b": jnp.zeros((2, 8, 12))}}
     tree = {"a/b": None, "a": {"b": gj.MatrixAxes()}}
     rules = Rules(2, "short", axes_rule(tree), None)
     found = [(plan.path, plan.shape, plan.rank) for plan in gj.views.leaf_plan(rules, params)]
-    assert found == [("a/b", (2, 8, 12), 2), ("a/b", (16, 24), 0)]
+    assert found == [("['a']['b']", (2, 8, 12), 2), ("['a/b']", (16, 24), 0)]
 
 
 @pytest.mark.parametrize("container", ["list", "tuple", "frozen"])
