@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.checks import quietly
 from galore_jax.quant import QuantizedArray
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths, rebox
+from galore_jax.views.leaves import abstract, flatten_leaves, is_one_leaf, leaf_paths, rebox
 
 
 class Layer(NamedTuple):
@@ -93,11 +94,12 @@ def layer_axes(
     params, opt_state = whole
     layers = num_layers(params, blocks)
     _check_floating(params)
-    here = jax.eval_shape(tx.init, _at_depth(params, blocks, layers))
-    there, change = jax.eval_shape(tx.init, _at_depth(params, blocks, layers + 1)), 1
-    if layers > 1 and not _same_structure(here, there):
-        # A threshold on the size of a leaf (8-bit moments have one) may lie in between.
-        there, change = jax.eval_shape(tx.init, _at_depth(params, blocks, layers - 1)), -1
+    with quietly():
+        here = jax.eval_shape(tx.init, _at_depth(params, blocks, layers))
+        there, change = jax.eval_shape(tx.init, _at_depth(params, blocks, layers + 1)), 1
+        if layers > 1 and not _same_structure(here, there):
+            # A threshold on the size of a leaf (8-bit moments have one) may lie in between.
+            there, change = jax.eval_shape(tx.init, _at_depth(params, blocks, layers - 1)), -1
     if not _same_structure(here, there):
         raise ValueError(
             "the structure of the optimizer state changes with the number of layers (something is "
@@ -107,9 +109,25 @@ def layer_axes(
     check_unchanged(here, opt_state)
     leaves, _ = flatten_leaves(params)
     axes = [0 if own else None for own, x in zip(inside, leaves, strict=True) for _ in parts(x)]
-    for name, one, other in zip(paths_of(here), parts(here), parts(there), strict=True):
-        axes.append(_grown(name, one.shape, other.shape, layers, layers + change))
-    return LayerAxes(jax.tree.structure(whole), tuple(axes))
+    grown = [
+        _grown(name, one.shape, other.shape, layers, layers + change)
+        for name, one, other in zip(paths_of(here), parts(here), parts(there), strict=True)
+    ]
+    _check_parts(here, grown)
+    return LayerAxes(jax.tree.structure(whole), (*axes, *grown))
+
+
+def _check_parts(state: Any, axes: list[int | None]) -> None:
+    """Raises if a stored array has some parts per layer, and others that all layers share."""
+    rest = iter(zip(paths_of(state), axes, strict=True))
+    for node in jax.tree.leaves(state, is_leaf=is_one_leaf):
+        own = [next(rest) for _ in parts(node)]
+        if len({axis is None for _, axis in own}) > 1:
+            raise ValueError(
+                f"the optimizer state {own[0][0]!r} is stored in blocks that run along the layer "
+                "axis, so that it cannot be cut into layers. Keep that leaf in floating point "
+                "(min_size), or give its layers more axes."
+            )
 
 
 def block_leaves(params: Any, blocks: str) -> list[bool]:

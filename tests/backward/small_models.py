@@ -9,7 +9,6 @@ import numpy as np
 
 import galore_jax as gj
 from galore_jax.transforms.lenses import find_lenses
-from galore_jax.views.leaves import flatten_leaves
 
 WIDTH, HIDDEN, LAYERS, EXPERTS, VOCABULARY = 12, 20, 2, 3, 11
 RANK = 4
@@ -175,7 +174,5 @@ def refreshes(state):
     """How often each basis of all lenses was recomputed."""
     counts = []
     for lens in find_lenses(state):
-        bases, treedef = flatten_leaves(lens.projectors)
-        numbers = treedef.flatten_up_to(lens.refresh_state.refreshes)
-        counts += [np.ravel(n) for n, basis in zip(numbers, bases, strict=True) if basis.shape]
+        counts += [np.ravel(numbers) for numbers in lens.refresh_state.refreshes.values()]
     return np.concatenate(counts)

@@ -129,10 +129,10 @@ def test_what_a_step_that_is_not_finite_changes(kind):
         assert moved == {"head": True, "embed": False, "blocks": [False] * 3 + [True]}
     lens = new_state[0]
     assert lens.count == lens.inner_state.count == 1
-    mu = lens.inner_state.mu["blocks"]["up"]["kernel"]
+    mu = lens.inner_state.mu["blocks.up.kernel"]
     assert [bool(np.any(x)) for x in mu] == moved["blocks"]
     # A basis that could not be found is looked for again.
-    due = lens.refresh_state.due["blocks"]["up"]["kernel"]
+    due = lens.refresh_state.due["blocks.up.kernel"]
     assert [not x for x in due.tolist()] == moved["blocks"]
 
 
@@ -149,7 +149,7 @@ def test_without_the_guard_what_is_not_finite_spreads():
     tx = optax.sgd(1e-2)
     step = layerwise.train_step(*poisoned("block"), tx, skip_nonfinite=False)
     params, _, metrics = jax.jit(step)(sm.initial(), tx.init(sm.initial()), sm.batches(1)[0])
-    kernel = params["blocks"]["up"]["kernel"]
+    kernel = params["blocks.up.kernel"]
     assert metrics.skipped == 0 and not np.isfinite(metrics.grad_norm)
     assert np.all(np.isnan(kernel[:3])) and np.all(np.isfinite(kernel[3]))
 

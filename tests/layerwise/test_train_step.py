@@ -99,7 +99,7 @@ def test_adaptive_gaps_have_grown():
     _, state, _ = sm.run(
         layerwise.train_step(*sm.MODEL, tx), sm.initial(), tx.init(sm.initial()), sm.batches(STEPS)
     )
-    gaps = state[0].refresh_state.memory.gap["blocks"]["up"]["kernel"]
+    gaps = state[0].refresh_state.memory["blocks.up.kernel"].gap
     assert gaps.shape == (sm.LAYERS,) and np.min(gaps) > 2
 
 
