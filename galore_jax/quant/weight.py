@@ -132,10 +132,13 @@ for _name in """
 
 
 class _NoArray:
-    """An object that raises as soon as anything about it is asked for."""
+    """An object that raises as soon as anything about it is asked for, and is shown in errors."""
 
     def __init__(self, message: str):
         self.__dict__["message"] = message
 
     def __getattr__(self, name: str) -> NoReturn:
         raise TypeError(self.__dict__["message"])
+
+    def __repr__(self) -> str:
+        return self.__dict__["message"]
