@@ -69,11 +69,15 @@ class Label(str):
 class WrappedWeight(Weight):
     """A weight inside a function that is being differentiated: anything but a product is refused.
 
-    Subclasses hold the weight that they stand for, and the path of its leaf for messages.
+    Subclasses hold the weight that they stand for.
     """
 
     weight: Any
-    path: str
+
+    @property
+    def path(self) -> str:
+        """The path of the leaf, for messages."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
