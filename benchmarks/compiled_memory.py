@@ -125,7 +125,6 @@ def layerwise_step(config: model.LlamaConfig, tx: optax.GradientTransformation) 
         functools.partial(model.block, config),
         functools.partial(objective.head_loss, config),
         tx,
-        pullback=gj.backward.pullback,
     )
 
 

@@ -88,10 +88,16 @@ def steps(
     )
     return {
         "ordinary": ordinary,
-        "layer-wise": layerwise.train_step(*pieces, tx),
-        "layer-wise, projected": layerwise.train_step(*pieces, tx, pullback=backward.pullback),
-        "layer-wise, clipped": layerwise.train_step(*pieces, tx, clip_norm=1.0),
+        "layer-wise": layerwise.train_step(*pieces, tx, pullback=formed),
+        "layer-wise, projected": layerwise.train_step(*pieces, tx),
+        "layer-wise, clipped": layerwise.train_step(*pieces, tx, clip_norm=1.0, pullback=formed),
     }
+
+
+def formed(fn: Any, params: Any, opt_state: Any, *inputs: Any, layer: Any = 0) -> Any:
+    """A pullback that knows of no lens, and forms every gradient."""
+    del opt_state, layer
+    return backward.pullback(fn, params, (), *inputs)
 
 
 def compiled(step: Callable[..., Any], *arguments: Any) -> Any:

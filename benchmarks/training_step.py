@@ -77,7 +77,6 @@ def steps(name: str, options: argparse.Namespace) -> tuple[Any, Any, dict[str, A
         functools.partial(model.block, llama),
         functools.partial(objective.head_loss, llama),
         galore,
-        pullback=gj.backward.pullback,
     )
     found["GaLore, layer-wise"] = galore, layerwise
     return llama, (options.batch, options.seq_len), found

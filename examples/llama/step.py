@@ -93,6 +93,14 @@ def make_train_step(
     return _compiled(train_step, state_sharding)
 
 
+def _forming_gradients(
+    fn: Callable[..., Any], params: Any, opt_state: Any, *inputs: Any, layer: Any = 0
+) -> Any:
+    """A pullback that knows of no lens, so that every gradient is formed."""
+    del opt_state, layer
+    return gj.backward.pullback(fn, params, (), *inputs)
+
+
 class Pieces(NamedTuple):
     """The model in three functions, as `galore_jax.layerwise.train_step` takes them."""
 
@@ -122,7 +130,7 @@ def make_layerwise_step(
         tx,
         micro_batches,
         clip_norm=clip,
-        **({"pullback": gj.backward.pullback} if projected else {}),
+        pullback=gj.backward.pullback if projected else _forming_gradients,
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -88,7 +88,7 @@ def step(params, state, text):
 
 # 4. The same step layer by layer, from the same three functions: every block is updated as soon as
 #    its gradient is there, so that there is never more than one block's.
-layerwise = gj.layerwise.train_step(embed, block, head, tx, pullback=gj.backward.pullback)
+layerwise = gj.layerwise.train_step(embed, block, head, tx)
 layerwise = jax.jit(layerwise, donate_argnums=(0, 1))
 
 

@@ -79,7 +79,6 @@ class ProjectedWeight(WrappedWeight):
 
     @property
     def path(self) -> str:
-        """The path of the leaf."""
         return self.plan.path
 
     @property

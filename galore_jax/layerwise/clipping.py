@@ -22,8 +22,10 @@ class PreviousNormState(NamedTuple):
 
     norm: jax.Array
 
-    # A projected gradient in front of a lens stays one.
-    scales_gradients = True
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether projected gradients are still those when they arrive at a lens behind it."""
+        return True
 
 
 def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

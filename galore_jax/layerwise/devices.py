@@ -43,26 +43,19 @@ class Devices(NamedTuple):
 
     def left_over(self, gradients: Any) -> Any:
         """Those that no lens will reduce, averaged; of the others, what this device has."""
-        return self._unreduced(self.mean, gradients)
+        if not self.axes:
+            return gradients
+        leaves = enumerate(flatten_leaves(gradients)[0])
+        return rebox(gradients, [x if n in self.reduced else self.mean(x) for n, x in leaves])
 
     def local(self, pullback: Callable[..., Any]) -> Callable[..., Any]:
-        """A pullback whose gradients stay local, those that no lens will reduce included."""
+        """A pullback whose gradients stay local: JAX does not take parameters for equal."""
 
         def pulled(fn: Any, params: Any, *args: Any, **options: Any) -> Any:
-            return pullback(fn, self._unreduced(self._varying, params), *args, **options)
+            own = jax.tree.map(lambda x: mapped.varying(x, self.axes), params)
+            return pullback(fn, own, *args, **options)
 
         return pulled if self.axes else pullback
-
-    def _varying(self, leaf: Any) -> Any:
-        """Arrays as something that JAX does not take for equal on all devices."""
-        return jax.tree.map(lambda x: mapped.varying(x, self.axes), leaf)
-
-    def _unreduced(self, fn: Callable[[Any], Any], tree: Any) -> Any:
-        """`tree` with `fn` applied to the leaves that no lens reduces."""
-        if not self.axes:
-            return tree
-        leaves = enumerate(flatten_leaves(tree)[0])
-        return rebox(tree, [leaf if n in self.reduced else fn(leaf) for n, leaf in leaves])
 
 
 def devices_of(whole: Layer) -> Devices:

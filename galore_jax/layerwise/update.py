@@ -157,7 +157,8 @@ def early_update(
             raise ValueError(
                 f"leaf {leaf_paths(here.params)[n]!r} is projected, and read by `embed` and by "
                 "`head`, each of which would find a basis of its own. Keep it out of `targets`, or "
-                "pass a `pullback` that forms its gradient."
+                "form all gradients with pullback=lambda fn, params, state, *x, layer=0: "
+                "galore_jax.backward.pullback(fn, params, (), *x)."
             )
     numbers = frozenset(n for n, own in enumerate(inside) if not own) - by_embed
 

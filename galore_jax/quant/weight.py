@@ -69,11 +69,15 @@ class Label(str):
 class WrappedWeight(Weight):
     """A weight inside a function that is being differentiated: anything but a product is refused.
 
-    Subclasses hold the weight that they stand for, and the path of its leaf for messages.
+    Subclasses hold the weight that they stand for.
     """
 
     weight: Any
-    path: str
+
+    @property
+    def path(self) -> str:
+        """The path of the leaf, for messages."""
+        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,10 +136,13 @@ for _name in """
 
 
 class _NoArray:
-    """An object that raises as soon as anything about it is asked for."""
+    """An object that raises as soon as anything about it is asked for, and is shown in errors."""
 
     def __init__(self, message: str):
         self.__dict__["message"] = message
 
     def __getattr__(self, name: str) -> NoReturn:
         raise TypeError(self.__dict__["message"])
+
+    def __repr__(self) -> str:
+        return self.__dict__["message"]

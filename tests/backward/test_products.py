@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_models import distance, normal
 
@@ -178,9 +179,102 @@ def test_indexing_by_brackets():
         gradient_of(lambda x, w: x @ w[0], x, w[0])
 
 
-def test_what_is_no_product_is_told_what_to_do():
-    with pytest.raises(AttributeError, match=r"leaf 'here/w' .*astype"):
-        gradient_of(lambda x, w: w.T @ x, normal((7, 10)), normal((10, 12)))
+NO_PRODUCTS = {
+    "w.T": lambda x, w: x @ w.T.T,
+    "w @ x": lambda x, w: w @ x.T,
+    "w ** 2": lambda x, w: w**2,
+    "2 * w": lambda x, w: 2 * w,
+    "x + w": lambda x, w: x[:1, :1] + w,
+    "numpy * w": lambda x, w: np.float32(2) * w,
+    "-w": lambda x, w: -w,
+    "jnp.dot": jnp.dot,
+    "jnp.matmul": jnp.matmul,
+    "jnp.einsum": lambda x, w: jnp.einsum("bd,df->bf", x, w),
+    "jnp.tensordot": lambda x, w: jnp.tensordot(x, w, 1),
+    "jnp.square": lambda x, w: jnp.square(w),
+    "jnp.asarray": lambda x, w: jnp.asarray(w),
+    "jnp.take": lambda x, w: jnp.take(w, jnp.arange(2), axis=0),
+    "np.asarray": lambda x, w: np.asarray(w),
+}
+
+
+@pytest.mark.parametrize("kind", ["projected", "codes"])
+@pytest.mark.parametrize("name", NO_PRODUCTS)
+def test_anything_but_a_product_names_the_leaf_and_the_remedy(name, kind):
+    x, w = normal((7, 10)), normal((10, 12))
+
+    def loss(params):
+        return jnp.sum(NO_PRODUCTS[name](x, params["here"]["w"]))
+
+    params, tx = {"here": {"w": w}}, gj.galore_sgd(1.0, RANK)
+    with pytest.raises((TypeError, AttributeError), match=r"leaf 'here/w' .*galore_jax\.matmul"):
+        if kind == "projected":
+            gj.projected_value_and_grad(loss, tx)(params, tx.init(params))
+        else:
+            gj.quant.value_and_grad(loss)(gj.quant.quantize_params(params, block=2))
+
+
+@pytest.mark.parametrize("kind", ["projected", "codes"])
+def test_every_way_to_multiply_is_one_product(kind):
+    x, w = normal((7, 10)), normal((10, 12))
+    if kind == "codes":
+        w = gj.quant.quantize(w, block=2)
+
+    def gradient(product):
+        if kind == "projected":
+            return gradient_of(product, x, w).value
+        return gj.quant.value_and_grad(lambda w: jnp.sum(jnp.sin(product(x, w))))(w)[1]
+
+    expected = gradient(gj.matmul)
+    for product in (
+        gj.quant.matmul,
+        lambda x, w: x @ w,
+        lambda x, w: np.asarray(x) @ w,
+        lambda x, w: einsum("bd,df->bf", x, w),
+    ):
+        assert distance(gradient(product), expected) < 1e-6
+
+
+FIRST = {"rank": RANK, "axes": gj.MatrixAxes()}
+# Whether a pullback projects the gradients of an optimizer.
+CHOICES = {
+    "a lens": (gj.galore_adamw(1e-2, **FIRST), True),
+    "masked": (optax.masked(gj.galore_sgd(1e-2, **FIRST), {"w": True}), True),
+    "partition": (gj.galore_adafactor(1e-2, **FIRST), True),
+    "injected": (
+        optax.inject_hyperparams(gj.galore_sgd, static_args=gj.STATIC_ARGS)(1e-2, **FIRST), True),
+    "in a window": (gj.accumulate(gj.galore_sgd(1e-2, **FIRST), 2), True),
+    "clipped in a window": (
+        gj.accumulate(optax.chain(optax.clip(0.1), gj.galore_sgd(1e-2, **FIRST)), 2), True),
+    "behind the previous norm": (
+        optax.chain(gj.layerwise.clip_by_previous_norm(1.0), gj.galore_sgd(1e-2, **FIRST)), True),
+    "behind a clip": (optax.chain(optax.clip(0.1), gj.galore_sgd(1e-2, **FIRST)), False),
+    "behind a momentum": (optax.chain(optax.trace(0.9), gj.galore_sgd(1e-2, **FIRST)), False),
+    "behind a lens": (
+        optax.chain(
+            gj.low_rank_projection(optax.identity(), targets=lambda *_: False, **FIRST),
+            gj.galore_sgd(1e-2, **FIRST)), False),
+    "in sums at full size": (optax.MultiSteps(gj.galore_sgd(1e-2, **FIRST), 2), False),
+    "exact": (gj.galore_sgd(1e-2, projector=projectors.svd(), **FIRST), False),
+    "not projected": (optax.adam(1e-2), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_pullback_projects_where_a_lens_gets_the_gradient(name):
+    """And forms it where anything else does."""
+    tx, projected = CHOICES[name]
+    x, w, dy = normal((7, 10)), normal((10, 12)), normal((7, 12), 1)
+    _, pull = gj.backward.pullback(lambda p, x: x @ p["w"], {"w": w}, tx.init({"w": w}), x)
+    (gradients, dx), full = pull(dy), x.T @ dy
+    assert distance(dx, dy @ w.T) < 1e-6
+    found = gradients["w"]
+    assert isinstance(found, gj.ProjectedGradient) == projected
+    if projected:
+        assert found.value.shape == (12, RANK)
+        assert distance(found.value, full.T @ found.basis) < 1e-5
+    else:
+        assert distance(found, full) < 1e-6
 
 
 @pytest.mark.parametrize("projector", [projectors.svd(), projectors.gram_eigh()], ids=repr)

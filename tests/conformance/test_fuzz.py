@@ -384,6 +384,12 @@ def on_a_mesh(problem):
             assert np.mean(close) >= (0.8 if loose else 1.0)
 
 
+def formed(fn, params, opt_state, *inputs, layer=0):
+    """A pullback that knows of no lens, and forms every gradient."""
+    del opt_state, layer
+    return gj.backward.pullback(fn, params, (), *inputs)
+
+
 layered = st.fixed_dictionaries(
     {
         "layers": st.integers(1, 4),
@@ -395,7 +401,7 @@ layered = st.fixed_dictionaries(
         "refresh": st.sampled_from([1, 2]),
         "inner": st.sampled_from([optax.trace(0.9), ADAM]),
         "every": st.sampled_from([1, 1, 2]),
-        "pullback": st.sampled_from([{}, {"pullback": gj.backward.pullback}]),
+        "pullback": st.sampled_from([{}, {"pullback": formed}]),
         "seed": seeds,
     }
 )
@@ -443,11 +449,7 @@ def layer_by_layer(problem):
     by_layer = layerwise.train_step(embed, block, head, tx, **problem["pullback"])
     # A projected pullback sees factors of the gradient: another sketch of it, the same subspace
     # only where that is determined.
-    exact = not problem["pullback"]
-    if not exact and problem["method"][0].forms_gradient and gj.metrics(tx.init(params)):
-        with pytest.raises(ValueError, match="needs the gradient itself"):
-            by_layer(params, tx.init(params), batches[0])
-        return
+    exact = bool(problem["pullback"]) or problem["method"][0].forms_gradient
     steps = cc.jit(ordinary), cc.jit(lambda *args: by_layer(*args)[:2])
     results = []
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

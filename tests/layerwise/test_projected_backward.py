@@ -68,6 +68,34 @@ def test_weights_outside_the_blocks_may_be_projected_too():
         assert (seen.refreshes == 3).all(), path
 
 
+def test_a_projected_leaf_that_embedding_and_head_share_is_refused():
+    """Each would find a basis of its own for it; formed gradients may be added up."""
+
+    def embed(params, tokens):
+        return params["embed"]["embedding"].astype(jnp.float32)[tokens[:, :-1]]
+
+    def head(params, x, tokens):
+        kernel = params["embed"]["embedding"].astype(jnp.float32).T
+        return sm.head({**params, "lm_head": {"kernel": kernel}}, x, tokens)
+
+    params = sm.initial()
+    del params["lm_head"]
+    tx = gj.galore_sgd(1e-1, targets="kernel|embedding", **LENS)
+    step = layerwise.train_step(embed, sm.block, head, tx)
+    with pytest.raises(
+        ValueError, match=r"leaf 'embed/embedding' .*`embed` and by `head`.*targets"
+    ):
+        jax.eval_shape(step, params, tx.init(params), sm.batches(1)[0])
+    apart = sm.initial()
+    _, _, metrics = jax.jit(layerwise.train_step(embed, sm.block, sm.head, tx))(
+        apart, tx.init(apart), sm.batches(1)[0]
+    )
+    assert metrics.skipped == 0
+    step = layerwise.train_step(embed, sm.block, head, tx, pullback=sm.plain)
+    _, _, metrics = jax.jit(step)(params, tx.init(params), sm.batches(1)[0])
+    assert metrics.skipped == 0
+
+
 def test_the_norm_that_clips_is_that_of_the_projections():
     chained = optax.chain(optax.clip_by_global_norm(0.2), SGD)
     params, data = sm.initial(), sm.batches(9)
