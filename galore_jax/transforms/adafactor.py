@@ -9,16 +9,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.checks import is_quiet
 from galore_jax.transforms.factored_rms import scale_by_factored_rms
 from galore_jax.transforms.low_rank import low_rank_projection
 from galore_jax.views import ProjectedGradient, leaf_plan
 from galore_jax.views.axes import axes_rule
-from galore_jax.views.leaves import flatten_leaves
+from galore_jax.views.leaves import flatten_leaves, has_masks
 from galore_jax.views.matrix_view import Side
-from galore_jax.views.plan import RankLike, Rules
-from galore_jax.views.targets import Targets
+from galore_jax.views.notice import check_projection
+from galore_jax.views.plan import RankLike, Rules, rank_rule
+from galore_jax.views.targets import Targets, targets_rule
 
-NO_LEAF = r"(?!)"  # a pattern that matches nothing
+
+def no_leaf(path: str, leaf: Any) -> bool:
+    """Targets of a lens that only sets the state dtype."""
+    del path, leaf
+    return False
 
 
 def low_rank_adafactor(
@@ -57,10 +63,19 @@ def low_rank_adafactor(
             optax.chain(factored, ema), rank, axes=axes, side=side, targets=targets, **options
         ),
         False: low_rank_projection(
-            optax.chain(without_params, clip, ema), rank, side=side, targets=NO_LEAF, **options
+            optax.chain(without_params, clip, ema), rank, side=side, targets=no_leaf, **options
         ),
     }
-    return optax.partition(lenses, _is_projected(Rules(rank, side, axes_rule(axes), targets)))
+    rules = Rules(rank_rule(rank), side, axes_rule(axes), targets_rule(targets))
+    both = optax.partition(lenses, _is_projected(rules))
+    said: set[str] = set()
+
+    def init_fn(params: optax.Params) -> Any:
+        if not is_quiet():  # each lens sees a part, which tells it nothing
+            check_projection(leaf_plan(rules, params), rules, part=has_masks(params), said=said)
+        return both.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, both.update)
 
 
 def _is_projected(rules: Rules) -> Callable[[Any], Any]:
