@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -53,15 +52,14 @@ class RefreshPolicy(abc.ABC):
     that is not finite, or zero) stays due: both are the lens' business.
     """
 
+    # Measure of two bases ``[projected, rank]``, taken during a refresh; None for the share of one
+    # subspace that lies in the other.
+    similarity: ClassVar[Any] = None
+
     @property
     def compares_columns(self) -> bool:
         """Whether column i of a basis has to mean the same thing before and after a refresh."""
         return False
-
-    @property
-    def similarity(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-        """Measure of two bases, taken during a refresh; None for their `subspace.overlap`."""
-        return None
 
     def init(self, matrices: Matrices) -> Any:
         """Memory for matrices of one kind.

@@ -33,7 +33,7 @@ class _Step(NamedTuple):
       inner_state: State of the inner transformation, if the transport carries it; or ().
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it
     layer: jax.Array
     stored: list[Any]
     due: dict[str, jax.Array]
@@ -169,9 +169,9 @@ def _take(lens: Lens, step: _Step, now: Bases, leaf: int) -> Bases:
     """The bases of a leaf whose gradient arrives projected."""
     name, members = next(kind for kind in lens.kinds.items() if leaf in kind[1])
     place, plan = members.index(leaf), lens.plans[leaf]
-    flags = (lens.per_leaf(x)[leaf] for x in (step.due, step.refreshes))
+    due, refreshes = (lens.per_leaf(x)[leaf] for x in (step.due, step.refreshes))
     key = lens.keys(step.count, leaf, plan.path, step.layer)
-    space = LeafSubspace(plan, step.stored[leaf], *flags, key)
+    space = LeafSubspace(plan, step.stored[leaf], due, refreshes, key)
     brought, value = projected.use_projected_gradient(lens.config, space, step.gradients[leaf])
     one = Refreshed([brought.stored], *(_as_part(x, members) for x in brought[1:]))
     return _put(now, name, [place], members, one)._replace(arrived=now.arrived | {leaf: value})

@@ -115,7 +115,8 @@ class Lens:
     def first_flags(self) -> RefreshState:
         """Every matrix is due at count 0."""
         if not self.plans:
-            return RefreshState(*[jnp.zeros(())] * 4)  # the same: flags are no parameters
+            nothing: Any = [jnp.zeros(())] * 4  # the same: flags are no parameters
+            return RefreshState(*nothing)
         batches = {
             name: together([np.zeros(self.plans[i].batch_shape) for i in members])
             for name, members in self.kinds.items()
@@ -252,7 +253,8 @@ def entered(lens: Lens, state: Any) -> LowRankState:
     memory = flags.memory
     if jax.tree.leaves(memory) or not isinstance(state.config, LowRankConfig):
         expected = jax.eval_shape(lens.first_memory)
-        if jax.tree.structure(memory) == jax.tree.structure(expected):
+        form: Any = jax.tree.structure(expected)
+        if jax.tree.structure(memory) == form:
             memory = jax.tree.map(lambda x, like: x.astype(like.dtype), memory, expected)
     if type(lens.config.refresh) is not type(getattr(state.config, "refresh", lens.config.refresh)):
         memory = lens.first_memory()  # that of a policy of another kind

@@ -130,9 +130,11 @@ def matched(likes: Any, tree: Any) -> tuple[list[Like], list[Any], Any]:
                 real = dataclasses.replace(known, dtype=jnp.finfo(known.dtype).dtype)
                 return type(node)(real, real)
             return known
+        treedef: Any
         children, treedef = jax.tree.flatten(known, is_leaf=lambda child: child is not known)
         return treedef.unflatten(map(seen, children, treedef.flatten_up_to(node)))
 
+    treedef: Any
     owners, treedef = jax.tree.flatten(seen(likes, tree))
     return owners, treedef.flatten_up_to(tree), treedef
 
@@ -357,7 +359,7 @@ def _array(like: Like, x: Any, axes: tuple[Axes, ...], name: str) -> StateArray:
     return StateArray(like.owner, like.role, axes, name, x.shape, x.dtype, like.kept, spare)
 
 
-def _of_nobody(x: Any, name: str, role: str) -> StateArray:
+def _of_nobody(x: Any, name: str, role: str) -> Any:
     shape = jnp.shape(x)
     return StateArray(None, role, ((),) * len(shape), name, shape, jnp.result_type(x))
 

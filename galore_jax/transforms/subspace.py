@@ -87,7 +87,8 @@ def as_stored(config: LowRankConfig, plan: LeafPlan, stored: Any) -> Any:
       ValueError: They are not of the planned shape, or codes have become fractions.
     """
     expected = jax.eval_shape(functools.partial(initial_basis, config, plan))
-    same = jax.tree.structure(stored) == jax.tree.structure(expected)
+    form: Any = jax.tree.structure(expected)
+    same = jax.tree.structure(stored) == form
     pairs = list(zip(*map(jax.tree.leaves, (stored, expected)), strict=False)) if same else []
     if not same or any(jnp.shape(part) != like.shape for part, like in pairs):
         assert plan.view is not None
@@ -170,14 +171,14 @@ def replaced(
     pair = [config.codec.decode(x, basis.dtype, basis.shape) for x in (stored, encoded)]
     axes = basis.ndim - 2
     if not config.projector.orthonormal:
-        fill = jnp.eye(*basis.shape[-2:], dtype=basis.dtype)
+        rows, rank = basis.shape[-2:]
+        fill = jnp.eye(rows, rank, dtype=basis.dtype)
         pair = [over_batch(lambda b: orthonormalize(b, fill), axes)(b) for b in pair]
     # Columns in few bits are not quite orthonormal: a share may come out above one.
-    measures = (
-        [overlap] if config.refresh.similarity is None else [overlap, config.refresh.similarity]
-    )
+    similarity = config.refresh.similarity
     shares = [
-        jnp.minimum(over_batch(measure, axes)(*pair), 1).astype(jnp.float32) for measure in measures
+        jnp.minimum(over_batch(measure, axes)(*pair), 1).astype(jnp.float32)
+        for measure in ([overlap] if similarity is None else [overlap, similarity])
     ]
     shares = [jnp.where(usable, share, jnp.zeros_like(share)) for share in shares]
     return Refreshed(where_matrices(usable, encoded, stored), usable, shares[0], shares[-1])

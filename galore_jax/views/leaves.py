@@ -64,6 +64,7 @@ class Leaves:
         A node whose parts a mask took away counts as an `optax.MaskedNode`: a mask made by mapping
         over the parameters has a boolean for each part of such a node.
         """
+        treedef: Any
         nodes, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
         if not any(map(is_leaf, nodes)):
             return cls(nodes, treedef, tree, is_leaf)  # nothing but arrays
@@ -100,6 +101,7 @@ class Leaves:
 
     def boxed(self, values: Sequence[Any]) -> Any:
         """The tree as it was given, boxes included, with other leaves."""
+        treedef: Any
         nodes, treedef = jax.tree.flatten(self.given, is_leaf=self.is_leaf)
         if treedef == self.treedef and not any(map(is_box, nodes)):
             return treedef.unflatten(values)
@@ -139,7 +141,7 @@ def has_masks(tree: Any) -> bool:
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a leaf: of the array it stands for, if it is a node."""
-    if isinstance(leaf, OneLeaf | jax.Array | jax.ShapeDtypeStruct):
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
