@@ -318,8 +318,10 @@ def _together(rows: list[LeafDescription]) -> LeafDescription:
 
 def _range(paths: list[str]) -> str:
     """``layers/{0..31}/w``, from the paths of equal layers."""
-    numbers = zip(*(re.findall(r"\d+", path) for path in paths), strict=True)
-    ranges = iter([one[0] if len(set(one)) == 1 else f"{{{one[0]}..{one[-1]}}}" for one in numbers])
+    numbers = zip(*(map(int, re.findall(r"\d+", path)) for path in paths), strict=True)
+    ranges = iter(
+        [f"{{{min(one)}..{max(one)}}}" if len(set(one)) > 1 else str(one[0]) for one in numbers]
+    )
     return re.sub(r"\d+", lambda _: next(ranges), paths[0])
 
 
