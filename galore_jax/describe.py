@@ -12,8 +12,9 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from galore_jax.leaves import Leaves
 from galore_jax.tables import bytes_text, paths_text, shape_text, table_lines
-from galore_jax.transforms.lenses import abstract_state, find_lenses
+from galore_jax.transforms.lenses import abstract_state, low_rank_states
 from galore_jax.transforms.state_tree import (
     FULL_RANK,
     MOMENTS,
@@ -26,7 +27,6 @@ from galore_jax.transforms.state_tree import (
     state_arrays,
 )
 from galore_jax.views import LeafPlan
-from galore_jax.views.leaves import Leaves
 from galore_jax.views.shardings import sharding_that_divides, shardings_per_leaf
 from galore_jax.views.specs import axis_names, entry_of, flattened, full_spec, shards
 
@@ -171,7 +171,7 @@ def describe(
     leaves = Leaves.of(params)
     state, plans = abstract_state(tx, leaves), {}
     likes = likes_of(leaves)
-    for node in find_lenses(state):
+    for node in low_rank_states(state):
         lens, owners = lens_on(node, likes)
         plans.update({like.owner: plan for like, plan in zip(owners, lens.plans, strict=True)})
     arrays = jax.tree.leaves(state_arrays(state, leaves))

@@ -8,10 +8,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding
 
+from galore_jax.leaves import Leaves
 from galore_jax.quant import dequantize_params
 from galore_jax.transforms.lenses import abstract_state
 from galore_jax.transforms.state_tree import StateArray, spec_of, state_arrays
-from galore_jax.views.leaves import Leaves
 from galore_jax.views.shardings import sharding_that_divides, shardings_per_leaf
 
 

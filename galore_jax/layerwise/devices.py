@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.layerwise.clipping import square_sum
 from galore_jax.layerwise.slices import Layer
-from galore_jax.transforms.lenses import lens_leaves
+from galore_jax.leaves import flatten_leaves, rebox
+from galore_jax.transforms.lenses import projection_leaves
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves, rebox
 
 
 class Devices(NamedTuple):
@@ -29,7 +29,7 @@ class Devices(NamedTuple):
 
     def mean(self, x: jax.Array) -> jax.Array:
         """The mean over devices; not finite if it is not finite on one of them."""
-        return mapped.mean(x, self.axes or None)
+        return collectives.mean(x, self.axes or None)
 
     def reported(self, results: Any) -> Any:
         """Floating results averaged. Of counts the mean might be meant, or the sum: they stay."""
@@ -55,7 +55,7 @@ class Devices(NamedTuple):
 
     def _varying(self, leaf: Any) -> Any:
         """Arrays as something that JAX does not take for equal on all devices."""
-        return jax.tree.map(lambda x: mapped.varying(x, self.axes), leaf)
+        return jax.tree.map(lambda x: collectives.varying(x, self.axes), leaf)
 
     def _unreduced(self, fn: Callable[[Any], Any], tree: Any) -> Any:
         """`tree` with `fn` applied to the leaves that no lens reduces."""
@@ -68,8 +68,8 @@ class Devices(NamedTuple):
 def devices_of(whole: Layer) -> Devices:
     """The devices that the lenses of an optimizer state know of."""
     mapped_over = [
-        (mapped.names(lens.config.axis_name), lens.owners)
-        for lens in lens_leaves(whole.opt_state, whole.params)
+        (collectives.names(lens.config.axis_name), lens.owners)
+        for lens in projection_leaves(whole.opt_state, whole.params)
     ]
     return Devices(
         tuple(sorted({name for names, _ in mapped_over for name in names})),

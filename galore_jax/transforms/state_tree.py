@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from galore_jax.leaves import Leaves, is_box, is_one_leaf
 from galore_jax.transforms.lens import Lens
 from galore_jax.transforms.state import AccumulateState, LowRankState
-from galore_jax.views.leaves import Leaves, is_box, is_one_leaf
 from galore_jax.views.specs import flattened, joined
 
 # Roles; fields of `memory.Memory`.

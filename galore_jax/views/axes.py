@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from galore_jax.leaves import leaf_paths
 from galore_jax.rules import Rule
-from galore_jax.views.leaves import leaf_paths
 from galore_jax.views.targets import check_regex
 
 Axes = int | tuple[int, ...]

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 import galore_jax as gj
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.quant.differentiate import probes_of, with_probes
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 LAYERS, WIDTH, HIDDEN, VOCAB = 4, 16, 48, 24
 KERNELS = ("blocks/down/kernel", "blocks/up/kernel")
@@ -91,8 +91,10 @@ def ordinary_step(tx: optax.GradientTransformation, loss: Any = loss_fn) -> Any:
 def plain(fn: Any, params: Any, opt_state: Any, *inputs: Any, layer: Any = 0) -> Any:
     """A pullback that forms every gradient, as a user's own may; local to each device."""
     del layer
-    axes = {n for lens in find_lenses(opt_state) for n in mapped.names(lens.config.axis_name)}
-    probes = jax.tree.map(lambda x: mapped.varying(x, tuple(sorted(axes))), probes_of(params))
+    axes = {
+        n for lens in low_rank_states(opt_state) for n in collectives.names(lens.config.axis_name)
+    }
+    probes = jax.tree.map(lambda x: collectives.varying(x, tuple(sorted(axes))), probes_of(params))
     return jax.vjp(lambda probes, *x: fn(with_probes(params, probes), *x), probes, *inputs)
 
 
