@@ -57,7 +57,7 @@ def state_sharding(
 
     Example:
       >>> import jax, jax.numpy as jnp, galore_jax as gj
-      >>> from jax.sharding import NamedSharding as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.ones((64, 128))}
       >>> shardings = {"w": NamedSharding(mesh, P(None, "fsdp"))}
@@ -108,7 +108,7 @@ def init_sharded(
 
     Example:
       >>> import jax, jax.numpy as jnp, galore_jax as gj
-      >>> from jax.sharding import NamedSharding as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.ones((64, 128))}
       >>> state = gj.init_sharded(

@@ -30,7 +30,7 @@ from galore_jax.views import LeafPlan
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What is known about a use of a weight before it runs."""
+    """Facts about one use of a weight that are known before it runs."""
 
     product: Any  # Contraction; None where the array itself is asked for
     config: LowRankConfig

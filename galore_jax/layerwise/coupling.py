@@ -1,4 +1,4 @@
-"""Whether a transformation can be applied to one block before the gradients of the others exist.
+"""A check that one block can be updated before the gradients of the others exist.
 
 Its update is traced on one layer, and followed without looking at the arithmetic: an operation
 depends on all of its operands. Layers of one leaf cannot meet, because there is only one of them.

@@ -42,7 +42,7 @@ class Devices(NamedTuple):
         return square_sum(jax.tree.map(self.mean, values))
 
     def left_over(self, gradients: Any) -> Any:
-        """Those that no lens will reduce, averaged; of the others, what this device has."""
+        """Gradients, averaged over devices if no lens will reduce them; the others stay local."""
         return self._unreduced(self.mean, gradients)
 
     def local(self, pullback: Callable[..., Any]) -> Callable[..., Any]:

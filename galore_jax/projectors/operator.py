@@ -46,7 +46,7 @@ class MatrixOperator:
 
     @property
     def is_usable(self) -> jax.Array:
-        """Whether there is a direction to find: finite and not zero."""
+        """True if there is a direction to find: G is finite and not zero."""
         return jnp.isfinite(self.magnitude) & (self.magnitude > 0)
 
     def normalized(self) -> MatrixOperator:

@@ -90,7 +90,7 @@ def dequantize_params(params: Any) -> Any:
 
 
 def params_sharding(params: Any, params_sharding: Any) -> Any:
-    """How each array of a tree with quantized leaves is sharded.
+    """Shardings of the arrays of a tree with quantized leaves.
 
     The parts of a `QuantizedArray` are sharded like the array it stands for. An axis of a part
     that the mesh does not divide (there are fewer blocks than entries) is replicated.

@@ -101,7 +101,7 @@ def apply_if_finite(
 
 
 def _all_finite(updates: optax.Updates, state: optax.OptState) -> jax.Array:
-    """Whether every entry is finite, on all devices that share gradients."""
+    """True if every entry is finite, on all devices that share gradients."""
     flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]
     finite = jnp.all(jnp.stack(flags)) if flags else jnp.ones((), bool)
     for axis_name in {lens.config.axis_name for lens in low_rank_states(state)} - {None}:

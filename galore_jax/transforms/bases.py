@@ -21,7 +21,7 @@ from galore_jax.views import ProjectedGradient
 
 
 class _Step(NamedTuple):
-    """What a refresh reads.
+    """The inputs of a refresh.
 
     Args:
       count: int32 scalar.

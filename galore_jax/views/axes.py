@@ -1,4 +1,4 @@
-"""How a user says which axes of a leaf form its matrix."""
+"""The `axes` argument: the axes of a leaf that form its matrix."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """What happens to one leaf.
+    """The decision for one leaf.
 
     Args:
       path: "/"-joined path in the parameter tree.

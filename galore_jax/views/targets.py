@@ -1,4 +1,4 @@
-"""Which leaves take part."""
+"""The `targets` argument: the leaves that take part."""
 
 from __future__ import annotations
 

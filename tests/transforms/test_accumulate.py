@@ -708,7 +708,7 @@ def test_projected_gradients_do_what_gradients_do(kinds):
     assert low.traces == 1
 
 
-def test_lens_leaves_are_those_of_the_window():
+def test_projection_leaves_are_those_of_the_window():
     """What a backward pass that projects has to read: bases as they are used, due once."""
     _, ours = compiled("adamw")
     state = ours.start
