@@ -9,7 +9,7 @@ import jax
 import optax
 
 from galore_jax.codecs import Codec, cast, int4
-from galore_jax.mapped import AxisName
+from galore_jax.collectives import AxisName
 from galore_jax.projectors import Projector
 from galore_jax.recovery import Recovery
 from galore_jax.refresh import RefreshPolicy, adaptive

@@ -12,8 +12,9 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from galore_jax.leaves import Leaves
 from galore_jax.tables import bytes_text, paths_text, shape_text, table_lines
-from galore_jax.transforms.lenses import abstract_state, find_lenses
+from galore_jax.transforms.lenses import abstract_state, low_rank_states
 from galore_jax.transforms.state_tree import (
     FULL_RANK,
     MOMENTS,
@@ -26,7 +27,6 @@ from galore_jax.transforms.state_tree import (
     state_arrays,
 )
 from galore_jax.views import LeafPlan
-from galore_jax.views.leaves import Leaves
 from galore_jax.views.shardings import sharding_that_divides, shardings_per_leaf
 from galore_jax.views.specs import axis_names, entry_of, flattened, full_spec, shards
 
@@ -151,27 +151,27 @@ def describe(
       >>> params = {"embed": jnp.zeros((512, 64)), "up": jnp.zeros((64, 256))}
       >>> tx = gj.galore_adamw(1e-2, rank=16)
       >>> print(gj.describe(tx, params))
-      path   shape     projected  side   rank  state      why
-      -----  --------  ---------  -----  ----  ---------  -----------------------------
-      embed  (512,64)  no                      256.0 KiB  embedding, head, norm or bias
-      up     (64,256)  yes        input  16    36.0 KiB   projected
-      2 leaves, state 292.0 KiB
+      path   shape     projected  side   rank  state     why
+      -----  --------  ---------  -----  ----  --------  -----------------
+      embed  (512,64)  no                      262.1 kB  embedding (embed)
+      up     (64,256)  yes        input  16    36.9 kB   projected
+      1 of 1 matrices projected; state 299.0 kB, AdamW 393.2 kB (76 %)
       >>> from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
       >>> fsdp = NamedSharding(AbstractMesh((4,), ("fsdp",)), P("fsdp"))
       >>> params = {"down": jnp.zeros((256, 64)), "up": jnp.zeros((64, 256))}
       >>> print(gj.describe(tx, params, {"down": fsdp, "up": fsdp}))
       path  shape     spec      side    rank  basis     moments   per device  why
       ----  --------  --------  ------  ----  --------  --------  ----------  ---------
-      down  (256,64)  (fsdp,-)  output  16    (-,-)     (fsdp,-)  12.0 KiB    projected
-      up    (64,256)  (fsdp,-)  input   16    (fsdp,-)  (-,-)     33.0 KiB    projected
-      2 leaves, state 72.0 KiB, 45.0 KiB per device
+      down  (256,64)  (fsdp,-)  output  16    (-,-)     (fsdp,-)  12.3 kB     projected
+      up    (64,256)  (fsdp,-)  input   16    (fsdp,-)  (-,-)     33.8 kB     projected
+      2 of 2 matrices projected; state 73.8 kB, AdamW 262.1 kB (28 %); 46.1 kB per device
       down: projectors replicated over fsdp, where the kept axis is
       up: mu, nu replicated over fsdp, where the projected axis is (spread=True)
     """
     leaves = Leaves.of(params)
     state, plans = abstract_state(tx, leaves), {}
     likes = likes_of(leaves)
-    for node in find_lenses(state):
+    for node in low_rank_states(state):
         lens, owners = lens_on(node, likes)
         plans.update({like.owner: plan for like, plan in zip(owners, lens.plans, strict=True)})
     arrays = jax.tree.leaves(state_arrays(state, leaves))

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.leaves import Leaves, abstract
 from galore_jax.tables import aligned, bytes_text, shape_text
 from galore_jax.transforms.lenses import abstract_state
 from galore_jax.transforms.state_tree import state_arrays
-from galore_jax.views.leaves import Leaves, abstract
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 
 
-def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
+def with_auto_axes(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     """``fn(*args)`` with automatic sharding inside, also on an explicit mesh.
 
     Args:
@@ -34,7 +34,7 @@ def compiler_chooses(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
     return _automatic(fn, mesh, tuple(specs), treedef, *args)
 
 
-def sharded_alike(
+def preserve_sharding(
     update: Callable[..., tuple[Any, Any]], like: Callable[[Any, Any], Any]
 ) -> Callable[..., tuple[Any, Any]]:
     """An `update` for any mesh: the state comes out sharded as it was.
@@ -51,7 +51,7 @@ def sharded_alike(
         args = updates, state, params, extra_args
         if _explicit_mesh(args) is None:
             return update(updates, state, params, **extra_args)
-        return compiler_chooses(with_extra_args, *args, like=(like(updates, params), state))
+        return with_auto_axes(with_extra_args, *args, like=(like(updates, params), state))
 
     return wrapped
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.meshes import compiler_chooses
+from galore_jax.leaves import Leaves, unboxed
+from galore_jax.meshes import with_auto_axes
 from galore_jax.projectors import HIGHEST
-from galore_jax.transforms.lenses import find_lenses, kinds_in, lens_leaves
+from galore_jax.transforms.lenses import kinds_in, low_rank_states, projection_leaves
 from galore_jax.transforms.state import LowRankState
 from galore_jax.transforms.subspace import as_stored, decode
 from galore_jax.views import LeafPlan, ProjectedGradient
-from galore_jax.views.leaves import Leaves, unboxed
 
 
 class SubspaceMetrics(NamedTuple):
@@ -62,7 +62,7 @@ def metrics(opt_state: Any) -> dict[str, SubspaceMetrics]:
       ([1, 1, 1], [50, 50, 50], [0.0, 0.0, 0.0])
     """
     found: dict[str, SubspaceMetrics] = {}
-    for lens in find_lenses(unboxed(opt_state)):
+    for lens in low_rank_states(unboxed(opt_state)):
         for path, seen in _of_lens(lens):
             if path in found:
                 raise ValueError(
@@ -126,7 +126,7 @@ def captured_energy(grads: Any, opt_state: Any) -> dict[str, jax.Array]:
     opt_state = unboxed(opt_state)
     like = {path: seen.refreshes for path, seen in metrics(opt_state).items()}
     _check_gradients(Leaves.of(grads), list(like))
-    return compiler_chooses(_shares, grads, opt_state, like=like)
+    return with_auto_axes(_shares, grads, opt_state, like=like)
 
 
 def _check_gradients(grads: Leaves, projected: list[str]) -> None:
@@ -149,7 +149,7 @@ def _check_gradients(grads: Leaves, projected: list[str]) -> None:
 def _shares(grads: Any, opt_state: Any) -> dict[str, jax.Array]:
     """The shares of all leaves that any lens projects."""
     leaves, shares = Leaves.of(grads), {}
-    for config, subspaces, owners in lens_leaves(opt_state, grads):
+    for config, subspaces, owners in projection_leaves(opt_state, grads):
         for leaf, owner in zip(subspaces, owners, strict=True):
             if leaf.plan.is_projected:
                 stored = as_stored(config, leaf.plan, leaf.stored)

@@ -8,10 +8,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding
 
+from galore_jax.leaves import Leaves
 from galore_jax.quant import dequantize_params
 from galore_jax.transforms.lenses import abstract_state
 from galore_jax.transforms.state_tree import StateArray, spec_of, state_arrays
-from galore_jax.views.leaves import Leaves
 from galore_jax.views.shardings import sharding_that_divides, shardings_per_leaf
 
 
@@ -57,7 +57,7 @@ def state_sharding(
 
     Example:
       >>> import jax, jax.numpy as jnp, galore_jax as gj
-      >>> from jax.sharding import NamedSharding as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.ones((64, 128))}
       >>> shardings = {"w": NamedSharding(mesh, P(None, "fsdp"))}
@@ -108,7 +108,7 @@ def init_sharded(
 
     Example:
       >>> import jax, jax.numpy as jnp, galore_jax as gj
-      >>> from jax.sharding import NamedSharding as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> params = {"w": jnp.ones((64, 128))}
       >>> state = gj.init_sharded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import inspect
 import posixpath
@@ -77,6 +78,44 @@ def test_reference_holds_every_public_name_once():
 def test_references_name_something_that_explains_itself(reference):
     thing = resolve(reference)
     assert reference == "galore_jax.STATIC_ARGS" or thing.__doc__
+
+
+def docstrings():
+    """(file, node) of whatever in the package has a docstring."""
+    for path in sorted((ROOT / "galore_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+            if isinstance(node, kinds) and ast.get_docstring(node):
+                yield path, node
+
+
+def begins_as_a_question(node):
+    """ "Whether ..." is fine for a bool, and nothing else that asks."""
+    returns = getattr(node, "returns", None)
+    is_bool = returns is not None and ast.unparse(returns) == "bool"
+    words = "What|How|Where|Who|Whose|When|Which|Why" + ("" if is_bool else "|Whether")
+    return re.match(rf"({words})\b", ast.get_docstring(node)) is not None
+
+
+def test_docstrings_begin_with_a_thing_or_a_verb():
+    found = list(docstrings())
+    asking = [
+        f"{name(path)}: {ast.get_docstring(n)}" for path, n in found if begins_as_a_question(n)
+    ]
+    assert len(found) > 500 and asking == []
+
+
+@pytest.mark.parametrize(
+    "source, asks",
+    [
+        ('def f() -> bool:\n  "Whether it fits."', False),
+        ('def f() -> str:\n  "Whether it fits."', True),
+        ('def f(x):\n  "How it is done."', True),
+        ('class A:\n  "Whatever fits."', False),
+    ],
+)
+def test_the_rule_of_docstrings(source, asks):
+    assert begins_as_a_question(ast.parse(source).body[0]) == asks
 
 
 def test_every_page_is_in_the_navigation():

@@ -11,8 +11,8 @@ import galore_jax
 ROOT = Path(galore_jax.__file__).parent
 # From the bottom; families within a layer do not know each other.
 LAYERS = [
-    {"checks", "rules", "serialization", "signatures", "tables"},
-    {"keys", "mapped", "meshes", "views"},
+    {"checks", "leaves", "rules", "serialization", "signatures", "tables"},
+    {"collectives", "keys", "meshes", "views"},
     {"quant"},
     {"codecs"},
     {"projectors", "recovery", "refresh", "transport"},

@@ -18,7 +18,7 @@ import optax
 import tyro
 
 import galore_jax as gj
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 # The leaves that GaLore projects: the kernels of attention and MLP, stacked over the layers.
 BLOCK_MATRICES = re.compile(r"(^|/)blocks/.*/kernel($|/)")
@@ -193,7 +193,7 @@ def make_optimizer(
 
 def check_rank(options: OptimizerOptions, opt_state: Any) -> None:
     """Raises where our lens projects nothing: the run would be one of the optimizer inside."""
-    if find_lenses(opt_state) and not jax.eval_shape(gj.metrics, opt_state):
+    if low_rank_states(opt_state) and not jax.eval_shape(gj.metrics, opt_state):
         raise ValueError(
             f"--rank {options.rank}: that is the projected width of every matrix of this model or "
             f"more, and none would be projected. Choose a smaller one, or a fraction such as 0.25."

@@ -16,7 +16,7 @@ from examples.llama import subspace
 from examples.llama.config import TrainConfig
 from examples.llama.optimizers import is_block_matrix, path_name
 from examples.llama.progress import Row, clock, perplexity, read_metrics
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
@@ -34,7 +34,7 @@ def refreshes(opt_state: Any) -> dict[str, int] | None:
     """How often bases were recomputed, and how many there are; None without any."""
     counts = [
         np.asarray(count)
-        for lens in find_lenses(opt_state)
+        for lens in low_rank_states(opt_state)
         for basis, count in zip(
             jax.tree.structure(lens.refresh_state.refreshes).flatten_up_to(lens.projectors),
             jax.tree.leaves(lens.refresh_state.refreshes),

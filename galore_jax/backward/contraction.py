@@ -96,7 +96,7 @@ def dot_contraction(
 
 @dataclasses.dataclass(frozen=True)
 class ProjectedContraction:
-    """What the backward pass of a product computes in the place of the gradient G of its weight.
+    """The backward pass of a product, which never forms the gradient G of its weight.
 
     Args:
       product: The product.

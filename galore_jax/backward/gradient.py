@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.backward.slots import CotangentSlots, gradient_of, zero_slots
 from galore_jax.backward.weight import ProjectedWeight
+from galore_jax.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
 from galore_jax.quant import DifferentiableWeight, QuantizedArray
 from galore_jax.quant.weight import Label
 from galore_jax.transforms import AccumulateState, LowRankState, subspace
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.lenses import find_lenses, lens_leaves, with_configs
+from galore_jax.transforms.lenses import low_rank_states, projection_leaves, with_configs
 from galore_jax.transforms.subspace import LeafSubspace
-from galore_jax.views.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
 
 
 def projected_value_and_grad(
@@ -82,7 +82,7 @@ def projected_value_and_grad(
 
     def value_and_grad_fn(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
         opt_state = with_configs(opt_state, tx, params)
-        leaves = _Leaves(params, opt_state, find_lenses(opt_state))
+        leaves = _Leaves(params, opt_state, low_rank_states(opt_state))
         leaves.check_projectors()
 
         def loss_of_slots(slots: list[Any]) -> Any:
@@ -147,7 +147,7 @@ def _first_lenses(node: Any) -> list[LowRankState]:
     if isinstance(node, LowRankState):
         return [node]
     if isinstance(node, AccumulateState):  # projects before it adds up
-        return find_lenses(node)
+        return low_rank_states(node)
     if isinstance(node, optax.transforms.PartitionState):
         return [lens for inner in node.inner_states.values() for lens in _first_lenses(inner)]
     if isinstance(node, _TRANSPARENT):
@@ -179,11 +179,11 @@ class _Leaves:
         self._params = params
         self._leaves, _ = flatten_leaves(params)
         self._paths = leaf_paths(params)
-        self._axis_names: dict[int, mapped.AxisName] = {}
+        self._axis_names: dict[int, collectives.AxisName] = {}
         self._spaces: dict[int, tuple[LowRankConfig, LeafSubspace]] = {}
         chosen = set(map(id, lenses))
-        spaces = lens_leaves(opt_state, params, layer)
-        for lens, (config, leaves, numbers) in zip(find_lenses(opt_state), spaces, strict=True):
+        spaces = projection_leaves(opt_state, params, layer)
+        for lens, (config, leaves, numbers) in zip(low_rank_states(opt_state), spaces, strict=True):
             self._axis_names |= dict.fromkeys(numbers, config.axis_name)
             for number, leaf in zip(numbers, leaves, strict=True):
                 if leaf.plan.is_projected and id(lens) in chosen:
@@ -215,7 +215,7 @@ class _Leaves:
 
     def _slot(self, number: int, leaf: Any) -> Any:
         # Gradients stay local to each device: it is the lens that takes their mean, and of R.
-        local = functools.partial(mapped.varying, axis_name=self._axis_names.get(number))
+        local = functools.partial(collectives.varying, axis_name=self._axis_names.get(number))
         if number not in self._spaces:
             quantized = isinstance(leaf, QuantizedArray)
             return local(jnp.zeros(leaf.shape, leaf.dtype) if quantized else leaf)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.subspace import LeafSubspace, Matrices
@@ -88,7 +88,7 @@ def cotangents_of(
     Returns:
       Cotangents of the slots.
     """
-    names = {*mapped.names(config.axis_name), *mapped.varying_axes(like, slots.basis)}
+    names = {*collectives.names(config.axis_name), *collectives.varying_axes(like, slots.basis)}
     everywhere = dataclasses.replace(config, axis_name=tuple(sorted(names)) or None)
     refreshed = subspace.refresh(everywhere, leaf, matrices)
     basis = jax.lax.cond(
@@ -97,7 +97,7 @@ def cotangents_of(
         lambda: slots.basis,
     )
     return CotangentSlots(
-        value=mapped.sum_like(project(basis).astype(slots.value.dtype), slots.value),
+        value=collectives.psum_unvarying(project(basis).astype(slots.value.dtype), slots.value),
         basis=basis,
         moved=refreshed.moved.astype(slots.moved.dtype),
         uses=jnp.ones_like(slots.uses),

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.backward.contraction import (
     Contraction,
     check_sizes,
@@ -19,7 +19,7 @@ from galore_jax.backward.contraction import (
     projected_contraction,
 )
 from galore_jax.backward.slots import CotangentSlots, cotangents_of
-from galore_jax.meshes import compiler_chooses
+from galore_jax.meshes import with_auto_axes
 from galore_jax.projectors import working_dtype
 from galore_jax.quant.weight import WrappedWeight, decoded
 from galore_jax.transforms import subspace
@@ -30,7 +30,7 @@ from galore_jax.views import LeafPlan
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What is known about a use of a weight before it runs."""
+    """Facts about one use of a weight that are known before it runs."""
 
     product: Any  # Contraction; None where the array itself is asked for
     config: LowRankConfig
@@ -180,7 +180,7 @@ def _product_fwd(
 def _product_bwd(static: _Static, residuals: Any, dy: jax.Array):
     x, _, slots, _ = residuals
     backward = functools.partial(_cotangents, static)
-    dx, cotangents = compiler_chooses(backward, residuals, dy, like=(x, slots))
+    dx, cotangents = with_auto_axes(backward, residuals, dy, like=(x, slots))
     return dx, None, cotangents, None
 
 
@@ -194,7 +194,7 @@ def _cotangents(static: _Static, residuals: Any, dy: jax.Array) -> tuple[jax.Arr
     cotangents = cotangents_of(
         static.config, leaf, slots, matrices, lambda basis: how.project(x, dy, basis), like=(x, dy)
     )
-    return mapped.sum_like(dx, x), cotangents
+    return collectives.psum_unvarying(dx, x), cotangents
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -203,7 +203,9 @@ _product.defvjp(_product_fwd, _product_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _array(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspace) -> jax.Array:
     del leaf
-    return mapped.varying(decoded(weight, static.plan.dtype), mapped.varying_axes(slots.value, ()))
+    return collectives.varying(
+        decoded(weight, static.plan.dtype), collectives.varying_axes(slots.value, ())
+    )
 
 
 def _array_fwd(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspace):
@@ -213,7 +215,7 @@ def _array_fwd(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSu
 def _array_bwd(static: _Static, residuals: Any, gradient: jax.Array):
     slots, _ = residuals
     backward = functools.partial(_cotangents_of_array, static)
-    return None, compiler_chooses(backward, residuals, gradient, like=slots), None
+    return None, with_auto_axes(backward, residuals, gradient, like=slots), None
 
 
 def _cotangents_of_array(static: _Static, residuals: Any, gradient: jax.Array) -> CotangentSlots:

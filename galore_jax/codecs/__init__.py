@@ -1,4 +1,4 @@
-"""How a projector is stored."""
+"""Storage formats of a basis."""
 
 from galore_jax.codecs.base import Codec
 from galore_jax.codecs.blockwise import int4, int8

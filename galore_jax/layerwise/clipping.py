@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.leaves import flatten_leaves
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves
 
 
 class PreviousNormState(NamedTuple):

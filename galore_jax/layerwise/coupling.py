@@ -1,4 +1,4 @@
-"""Whether a transformation can be applied to one block before the gradients of the others exist.
+"""A check that one block can be updated before the gradients of the others exist.
 
 Its update is traced on one layer, and followed without looking at the arithmetic: an operation
 depends on all of its operands. Layers of one leaf cannot meet, because there is only one of them.
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from galore_jax.layerwise.slices import Layer, LayerAxes, check_unchanged, parts, paths_of
+from galore_jax.leaves import Leaves, abstract, flatten_leaves, leaf_paths, unboxed
 from galore_jax.transforms import AccumulateState, LowRankState
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.views import LeafPlan
-from galore_jax.views.leaves import Leaves, abstract, flatten_leaves, leaf_paths, unboxed
 
 _REMEDIES = (
     "A layer-wise step updates a block before the other gradients exist. Instead of "
@@ -244,7 +244,7 @@ def _check_layer_is_used(here: Layer, inside: list[bool], jaxpr: core.Jaxpr) -> 
 def _projected(layer: Layer, inside: list[bool]) -> Iterable[LeafPlan]:
     """The plans of the leaves in the blocks that some lens projects."""
     likes = likes_of(Leaves.of(layer.params))
-    for state in find_lenses(layer.opt_state):
+    for state in low_rank_states(layer.opt_state):
         lens, owners = lens_on(state, likes)
         for plan, like in zip(lens.plans, owners, strict=True):
             if inside[like.owner] and plan.is_projected:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.layerwise.clipping import square_sum
 from galore_jax.layerwise.slices import Layer
-from galore_jax.transforms.lenses import lens_leaves
+from galore_jax.leaves import flatten_leaves, rebox
+from galore_jax.transforms.lenses import projection_leaves
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves, rebox
 
 
 class Devices(NamedTuple):
@@ -29,7 +29,7 @@ class Devices(NamedTuple):
 
     def mean(self, x: jax.Array) -> jax.Array:
         """The mean over devices; not finite if it is not finite on one of them."""
-        return mapped.mean(x, self.axes or None)
+        return collectives.mean(x, self.axes or None)
 
     def reported(self, results: Any) -> Any:
         """Floating results averaged. Of counts the mean might be meant, or the sum: they stay."""
@@ -42,7 +42,7 @@ class Devices(NamedTuple):
         return square_sum(jax.tree.map(self.mean, values))
 
     def left_over(self, gradients: Any) -> Any:
-        """Those that no lens will reduce, averaged; of the others, what this device has."""
+        """Gradients, averaged over devices if no lens will reduce them; the others stay local."""
         if not self.axes:
             return gradients
         leaves = enumerate(flatten_leaves(gradients)[0])
@@ -52,7 +52,7 @@ class Devices(NamedTuple):
         """A pullback whose gradients stay local: JAX does not take parameters for equal."""
 
         def pulled(fn: Any, params: Any, *args: Any, **options: Any) -> Any:
-            own = jax.tree.map(lambda x: mapped.varying(x, self.axes), params)
+            own = jax.tree.map(lambda x: collectives.varying(x, self.axes), params)
             return pullback(fn, own, *args, **options)
 
         return pulled if self.axes else pullback
@@ -61,8 +61,8 @@ class Devices(NamedTuple):
 def devices_of(whole: Layer) -> Devices:
     """The devices that the lenses of an optimizer state know of."""
     mapped_over = [
-        (mapped.names(lens.config.axis_name), lens.owners)
-        for lens in lens_leaves(whole.opt_state, whole.params)
+        (collectives.names(lens.config.axis_name), lens.owners)
+        for lens in projection_leaves(whole.opt_state, whole.params)
     ]
     return Devices(
         tuple(sorted({name for names, _ in mapped_over for name in names})),

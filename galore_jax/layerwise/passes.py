@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.layerwise.slices import Layer
 from galore_jax.quant.differentiate import probes_of, with_probes
 
@@ -152,7 +152,7 @@ def backward(
 def barrier(tree: Any) -> Any:
     """Optimization barrier that keeps which mapped axes every array varies over."""
     return jax.tree.map(
-        lambda now, before: before if mapped.varying_axes(now, before) else now,
+        lambda now, before: before if collectives.varying_axes(now, before) else now,
         jax.lax.optimization_barrier(tree),
         tree,
     )

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.checks import quietly
+from galore_jax.leaves import abstract, flatten_leaves, is_one_leaf, leaf_paths, rebox
 from galore_jax.quant import QuantizedArray
-from galore_jax.views.leaves import abstract, flatten_leaves, is_one_leaf, leaf_paths, rebox
 
 
 class Layer(NamedTuple):

@@ -13,9 +13,9 @@ import optax
 from galore_jax.layerwise.coupling import Numbers, Reads, dependence
 from galore_jax.layerwise.passes import Forward, Model, barrier
 from galore_jax.layerwise.slices import Layer, parts
+from galore_jax.leaves import flatten_leaves, leaf_paths, rebox
 from galore_jax.transforms import AccumulateState, apply_updates
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox
 
 # Numbers of leaves -> whether their gradients are finite; of none: whether the step is.
 Finite = Callable[[Numbers], jax.Array]

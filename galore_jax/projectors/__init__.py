@@ -1,4 +1,4 @@
-"""How an orthonormal basis is found from a gradient."""
+"""Methods that find an orthonormal basis from a gradient."""
 
 from galore_jax.projectors.base import Projector
 from galore_jax.projectors.exact import gram_eigh, svd

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.views import MatrixView
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -46,7 +46,7 @@ class MatrixOperator:
 
     @property
     def is_usable(self) -> jax.Array:
-        """Whether there is a direction to find: finite and not zero."""
+        """True if there is a direction to find: G is finite and not zero."""
         return jnp.isfinite(self.magnitude) & (self.magnitude > 0)
 
     def normalized(self) -> MatrixOperator:
@@ -94,7 +94,7 @@ def dense_operator(leaf: jax.Array, view: MatrixView) -> MatrixOperator:
     )
 
 
-def mean_operator(operator: MatrixOperator, axis_name: mapped.AxisName) -> MatrixOperator:
+def mean_operator(operator: MatrixOperator, axis_name: collectives.AxisName) -> MatrixOperator:
     """The mean over devices of gradients that are local to each: what is reduced are its products.
 
     Args:
@@ -109,12 +109,12 @@ def mean_operator(operator: MatrixOperator, axis_name: mapped.AxisName) -> Matri
     dense = operator.dense
 
     def reduced(product: Product) -> Product:
-        return lambda columns: mapped.mean(product(columns), axis_name)
+        return lambda columns: collectives.mean(product(columns), axis_name)
 
     return dataclasses.replace(
         operator,
         matmul=reduced(operator.matmul),
         rmatmul=reduced(operator.rmatmul),
-        largest=lambda: mapped.largest(operator.magnitude, axis_name),
-        dense=None if dense is None else lambda: mapped.mean(dense(), axis_name),
+        largest=lambda: collectives.largest(operator.magnitude, axis_name),
+        dense=None if dense is None else lambda: collectives.mean(dense(), axis_name),
     )

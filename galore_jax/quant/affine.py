@@ -59,7 +59,7 @@ def fit(bounds: Range, bits: int, *, stochastic: bool) -> Grid:
 
 
 def fits(bounds: Range, grid: Grid, bits: int) -> jax.Array:
-    """Whether a block can keep its grid: it covers the range and is at most twice as wide."""
+    """True for a block that can keep its grid: it covers the range and is at most twice as wide."""
     zero = grid.zero.astype(jnp.float32)
     low, high = -zero * grid.scale, (_top(bits) - zero) * grid.scale
     covered = (low <= bounds.low) & (bounds.high <= high)
@@ -67,7 +67,7 @@ def fits(bounds: Range, grid: Grid, bits: int) -> jax.Array:
 
 
 def positions(split: jax.Array, grid: Grid, axis: int) -> jax.Array:
-    """Where the entries of a block lie between the codes of its grid."""
+    """Places of the entries of a block between the codes of its grid."""
     scale, zero = (jnp.expand_dims(part, axis) for part in grid)
     return split * (1 / scale) + zero.astype(jnp.float32)
 

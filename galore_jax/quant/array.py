@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.keys import leaf_key, rounding_noise
-from galore_jax.meshes import compiler_chooses
+from galore_jax.meshes import with_auto_axes
 from galore_jax.quant import affine, blocks, packing
 from galore_jax.quant.weight import Weight
 from galore_jax.serialization import register
@@ -200,7 +200,7 @@ def dequantize(x: Any) -> jax.Array:
 
 def decode(x: QuantizedArray) -> jax.Array:
     """The array in fp32, the precision in which the law of idempotence holds."""
-    return compiler_chooses(_decode, x, like=x.codes)
+    return with_auto_axes(_decode, x, like=x.codes)
 
 
 def _decode(x: QuantizedArray) -> jax.Array:
@@ -223,7 +223,7 @@ def add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> Quanti
     Returns:
       The sum, stored like `x`.
     """
-    return compiler_chooses(_add, x, update, noise, like=x)
+    return with_auto_axes(_add, x, update, noise, like=x)
 
 
 def _add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> QuantizedArray:

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.meshes import compiler_chooses
+from galore_jax.leaves import abstract, flatten_leaves, leaf_paths, rebox
+from galore_jax.meshes import with_auto_axes
 from galore_jax.quant.array import QuantizedArray, check_format, dequantize, quantize
-from galore_jax.views.leaves import abstract, flatten_leaves, leaf_paths, rebox
 from galore_jax.views.shardings import sharded_parts, shardings_per_leaf
 from galore_jax.views.targets import Targets, check_targets, is_target
 
@@ -90,7 +90,7 @@ def dequantize_params(params: Any) -> Any:
 
 
 def params_sharding(params: Any, params_sharding: Any) -> Any:
-    """How each array of a tree with quantized leaves is sharded.
+    """Shardings of the arrays of a tree with quantized leaves.
 
     The parts of a `QuantizedArray` are sharded like the array it stands for. An axis of a part
     that the mesh does not divide (there are fewer blocks than entries) is replicated.
@@ -133,7 +133,7 @@ def _quantize_in_place(x: jax.Array, bits: int, block: int) -> QuantizedArray:
     """Codes where the entries are: on an explicit mesh, too, where blocks may span devices."""
     to_codes = _to_codes(bits, block)
     parts = sharded_parts(jax.eval_shape(to_codes, abstract(x)), jax.typeof(x).sharding)
-    return compiler_chooses(to_codes, x, like=parts)
+    return with_auto_axes(to_codes, x, like=parts)
 
 
 @functools.cache

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax.leaves import OneLeaf
 from galore_jax.quant import blocks
 from galore_jax.serialization import register
-from galore_jax.views.leaves import OneLeaf
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from galore_jax.views.leaves import OneLeaf
+from galore_jax.leaves import OneLeaf
 
 
 class Weight(OneLeaf):

@@ -1,4 +1,4 @@
-"""What becomes of the part of a gradient that its basis leaves out."""
+"""Treatments of the part of a gradient that its basis leaves out."""
 
 from galore_jax.recovery.base import Leaving, Recovery
 from galore_jax.recovery.drop import drop

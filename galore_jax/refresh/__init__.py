@@ -1,4 +1,4 @@
-"""When a basis is recomputed."""
+"""Policies that say when a basis is recomputed."""
 
 from galore_jax.refresh.adaptive import adaptive
 from galore_jax.refresh.base import Matrices, Observation, RefreshPolicy

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.checks import check_count
-from galore_jax.meshes import sharded_alike
+from galore_jax.leaves import Leaves, abstract
+from galore_jax.meshes import preserve_sharding
 from galore_jax.transforms import bases, subspace
 from galore_jax.transforms.lens import Layer, Lens, entered, full_shapes
-from galore_jax.transforms.lenses import current_lenses, find_lenses
+from galore_jax.transforms.lenses import current_lenses, low_rank_states
 from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.state import AccumulateState
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import Leaves, abstract
 
 
 def accumulate(
@@ -113,7 +113,9 @@ def accumulate(
             mini_step=jnp.where(is_last, 0, state.mini_step + 1), opt_state=opt_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
+    return optax.GradientTransformationExtraArgs(
+        init_fn, preserve_sharding(update_fn, updates_like)
+    )
 
 
 class _Space(NamedTuple):
@@ -172,7 +174,7 @@ _OUTER = (
 def _check_wrappers(opt_state: optax.OptState) -> None:
     """Raises if a lens is inside a wrapper that cannot do with projected gradients."""
     for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _OUTER)):
-        if isinstance(node, _OUTER) and find_lenses(node):
+        if isinstance(node, _OUTER) and low_rank_states(node):
             raise ValueError(
                 f"there is a lens inside a wrapper with state {type(node).__name__}, which would "
                 "return projected gradients as updates. Use galore_jax.apply_if_finite, or "
@@ -195,7 +197,7 @@ def _add(state: AccumulateState, grads: Leaves, shapes: Leaves, layer: Layer) ->
     first = state.mini_step == 0
     sums, stored, moved = (grads.split(x) for x in (state.sums, state.projectors, state.moved))
     values = list(grads.values)
-    axis_names: list[mapped.AxisName] = [None] * len(values)
+    axis_names: list[collectives.AxisName] = [None] * len(values)
     for begun, lens, owners in current_lenses(state, shapes):
         own = Leaves.of(lens.treedef.unflatten([grads.values[owner] for owner in owners]))
         begun = entered(lens, begun)._replace(inner_state=())
@@ -214,7 +216,7 @@ def _add(state: AccumulateState, grads: Leaves, shapes: Leaves, layer: Layer) ->
                 "the gradient."
             )
         if jnp.issubdtype(value.dtype, jnp.inexact):
-            value = mapped.mean_like(value.astype(sums[i].dtype), sums[i], axis_names[i])
+            value = collectives.pmean_unvarying(value.astype(sums[i].dtype), sums[i], axis_names[i])
             sums[i] = jnp.where(first, jnp.zeros((), sums[i].dtype), sums[i]) + value
     trees = {"sums": sums, "projectors": stored, "moved": moved}
     return state._replace(**{name: grads.tree(leaves) for name, leaves in trees.items()})

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.checks import is_quiet
+from galore_jax.leaves import flatten_leaves, has_masks
 from galore_jax.transforms.factored_rms import scale_by_factored_rms
 from galore_jax.transforms.low_rank import low_rank_projection
 from galore_jax.views import ProjectedGradient, leaf_plan
 from galore_jax.views.axes import axes_rule
-from galore_jax.views.leaves import flatten_leaves, has_masks
 from galore_jax.views.matrix_view import Side
 from galore_jax.views.notice import check_projection
 from galore_jax.views.plan import RankLike, Rules, rank_rule

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.checks import check_count
-from galore_jax.meshes import sharded_alike
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.meshes import preserve_sharding
+from galore_jax.transforms.lenses import low_rank_states
 from galore_jax.transforms.projected import updates_like
 
 
@@ -95,13 +95,15 @@ def apply_if_finite(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
+    return optax.GradientTransformationExtraArgs(
+        init_fn, preserve_sharding(update_fn, updates_like)
+    )
 
 
 def _all_finite(updates: optax.Updates, state: optax.OptState) -> jax.Array:
-    """Whether every entry is finite, on all devices that share gradients."""
+    """True if every entry is finite, on all devices that share gradients."""
     flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]
     finite = jnp.all(jnp.stack(flags)) if flags else jnp.ones((), bool)
-    for axis_name in {lens.config.axis_name for lens in find_lenses(state)} - {None}:
-        finite = mapped.largest((~finite).astype(jnp.float32), axis_name) == 0
+    for axis_name in {lens.config.axis_name for lens in low_rank_states(state)} - {None}:
+        finite = collectives.largest((~finite).astype(jnp.float32), axis_name) == 0
     return finite

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from galore_jax.keys import leaf_key, rounding_noise
+from galore_jax.leaves import flatten_leaves, leaf_paths, rebox, unboxed
 from galore_jax.quant.array import QuantizedArray, add
-from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox, unboxed
 
 
 def apply_updates(

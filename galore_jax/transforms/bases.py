@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_jax.leaves import Leaves
 from galore_jax.projectors import working_dtype
 from galore_jax.refresh import Observation
 from galore_jax.transforms import projected, subspace
@@ -17,11 +18,10 @@ from galore_jax.transforms.lens import Layer, Lens
 from galore_jax.transforms.state import LowRankState, RefreshState
 from galore_jax.transforms.subspace import LeafSubspace, Refreshed
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import Leaves
 
 
 class _Step(NamedTuple):
-    """What a refresh reads.
+    """The inputs of a refresh.
 
     Args:
       count: int32 scalar.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from galore_jax import serialization
 from galore_jax.checks import check_floating
 from galore_jax.codecs import Codec
-from galore_jax.mapped import AxisName, check_axis_name
+from galore_jax.collectives import AxisName, check_axis_name
 from galore_jax.projectors import Projector, randomized_svd
 from galore_jax.recovery import Recovery, drop
 from galore_jax.refresh import RefreshPolicy, as_policy

@@ -15,13 +15,13 @@ import optax
 
 from galore_jax.codecs import Codec
 from galore_jax.keys import matrix_keys
+from galore_jax.leaves import Leaves, abstract, is_one_leaf
 from galore_jax.refresh import Matrices, phases
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.state import LowRankState, RefreshState
 from galore_jax.transforms.subspace import LeafSubspace
 from galore_jax.views import LeafPlan, ProjectedGradient
-from galore_jax.views.leaves import Leaves, abstract, is_one_leaf
 from galore_jax.views.plan import leaf_plan
 
 # What decides the shapes and the meaning of stored arrays: a state made with other values cannot

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.checks import quietly
+from galore_jax.leaves import Leaves, is_leaf
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.lens import Layer, Lens, check_same_storage, entered, kinds_of
 from galore_jax.transforms.state import AccumulateState, LowRankState
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.transforms.subspace import LeafSubspace
-from galore_jax.views.leaves import Leaves, is_leaf
 
 
-class LensLeaves(NamedTuple):
+class ProjectionLeaves(NamedTuple):
     """The leaves of one lens and what is known about their subspaces.
 
     Args:
@@ -31,7 +31,7 @@ class LensLeaves(NamedTuple):
     owners: list[int]
 
 
-def lens_leaves(opt_state: Any, params: Any, layer: Layer = 0) -> list[LensLeaves]:
+def projection_leaves(opt_state: Any, params: Any, layer: Layer = 0) -> list[ProjectionLeaves]:
     """The subspaces that the next gradient is taken in, for every lens of an optimizer state.
 
     Inside a window of `accumulate` these are the window's, and nothing is due any more.
@@ -42,7 +42,7 @@ def lens_leaves(opt_state: Any, params: Any, layer: Layer = 0) -> list[LensLeave
       layer: See `low_rank_projection`.
     """
     return [
-        LensLeaves(state.config, lens.subspaces(state, layer), owners)
+        ProjectionLeaves(state.config, lens.subspaces(state, layer), owners)
         for state, lens, owners in current_lenses(opt_state, Leaves.of(params))
     ]
 
@@ -93,8 +93,8 @@ def with_configs(opt_state: Any, tx: optax.GradientTransformation, params: Any) 
       ValueError: `tx` has other lenses, or those cannot go on from this state.
     """
     leaves = Leaves.of(params)
-    now = find_lenses(abstract_state(tx, leaves))
-    then = find_lenses(opt_state)
+    now = low_rank_states(abstract_state(tx, leaves))
+    then = low_rank_states(opt_state)
     if len(now) != len(then):
         raise ValueError(
             f"the optimizer has {len(now)} low-rank projections, but the state has {len(then)}: it "
@@ -118,7 +118,7 @@ def abstract_state(tx: optax.GradientTransformation, leaves: Leaves) -> Any:
         return jax.eval_shape(tx.init, leaves.boxed(leaves.shapes))
 
 
-def find_lenses(opt_state: Any) -> list[LowRankState]:
+def low_rank_states(opt_state: Any) -> list[LowRankState]:
     """All states of `low_rank_projection` in an optimizer state, in order."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LowRankState))
     return [node for node in nodes if isinstance(node, LowRankState)]

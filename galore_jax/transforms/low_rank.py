@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import mapped
+from galore_jax import collectives
 from galore_jax.checks import is_quiet
 from galore_jax.codecs import Codec
-from galore_jax.mapped import AxisName
-from galore_jax.meshes import sharded_alike
+from galore_jax.collectives import AxisName
+from galore_jax.leaves import Leaves, has_masks
+from galore_jax.meshes import preserve_sharding
 from galore_jax.projectors import Projector
 from galore_jax.recovery import Leaving, Recovery
 from galore_jax.refresh import RefreshPolicy
@@ -25,7 +26,6 @@ from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.state import LowRankState
 from galore_jax.transport import Transport
 from galore_jax.views import LeafPlan, ProjectedGradient
-from galore_jax.views.leaves import Leaves, has_masks
 from galore_jax.views.matrix_view import Side
 from galore_jax.views.notice import check_projection
 from galore_jax.views.plan import RankLike
@@ -181,7 +181,9 @@ def low_rank_projection(
             recovery_state=lens.memories(memory),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
+    return optax.GradientTransformationExtraArgs(
+        init_fn, preserve_sharding(update_fn, updates_like)
+    )
 
 
 def _project(lens: Lens, now: Bases, leaf: int, grad: Any) -> Any:
@@ -190,8 +192,8 @@ def _project(lens: Lens, now: Bases, leaf: int, grad: Any) -> Any:
     if axis_name is None or not plan.is_inexact:
         return now.project(lens, leaf, grad)
     if plan.is_projected or isinstance(grad, ProjectedGradient):
-        return mapped.mean(now.project(lens, leaf, grad), axis_name)
-    return now.project(lens, leaf, mapped.mean(grad, axis_name))  # in its own dtype
+        return collectives.mean(now.project(lens, leaf, grad), axis_name)
+    return now.project(lens, leaf, collectives.mean(grad, axis_name))  # in its own dtype
 
 
 def _lift(
@@ -227,7 +229,7 @@ def _full_gradient(config: LowRankConfig, plan: LeafPlan, grad: Any) -> jax.Arra
             f"leaf {plan.path!r}: {config.recovery} needs the gradient itself, but it arrives "
             "projected. Take it with jax.value_and_grad, or layer by layer."
         )
-    return mapped.mean(grad, config.axis_name)
+    return collectives.mean(grad, config.axis_name)
 
 
 def _zeros(lens: Lens, leaf: int, value: Any) -> Any:

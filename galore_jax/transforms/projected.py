@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.leaves import Leaves
 from galore_jax.projectors import working_dtype
 from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.subspace import (
@@ -20,7 +21,6 @@ from galore_jax.transforms.subspace import (
     where_matrices,
 )
 from galore_jax.views import LeafPlan, ProjectedGradient
-from galore_jax.views.leaves import Leaves
 
 
 def use_projected_gradient(

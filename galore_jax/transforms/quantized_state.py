@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.meshes import sharded_alike
+from galore_jax.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
+from galore_jax.meshes import preserve_sharding
 from galore_jax.quant import blocks, dequantize, power
 from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.streaming import piece_of, streamed
@@ -22,7 +23,6 @@ from galore_jax.transport.moments import (
     registered_states,
     without_moments,
 )
-from galore_jax.views.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
 
 
 def quantized_state(
@@ -138,7 +138,9 @@ def quantized_state(
         moments = {name: treedef.unflatten(column) for name, column in columns.items()}
         return rebox(updates, gradients), new._replace(**moments)
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
+    return optax.GradientTransformationExtraArgs(
+        init_fn, preserve_sharding(update_fn, updates_like)
+    )
 
 
 def scale_by_adam8bit(

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from galore_jax.leaves import Leaves, is_box, is_one_leaf
 from galore_jax.transforms.lens import Lens
 from galore_jax.transforms.state import AccumulateState, LowRankState
-from galore_jax.views.leaves import Leaves, is_box, is_one_leaf
 from galore_jax.views.specs import flattened, joined
 
 # Roles; fields of `memory.Memory`.
@@ -299,7 +299,7 @@ def _stands_for_an_array(node: Any) -> bool:
 
 
 def _part(like: Like, node: Any, name: str) -> Any:
-    """What is in the place of one leaf: an array like it, or one with some of its axes."""
+    """The arrays in the place of one leaf, each with all or some of its axes."""
 
     def of(part: Any) -> Any:
         axes = _restricted(like, part.shape)
@@ -312,7 +312,7 @@ def _part(like: Like, node: Any, name: str) -> Any:
 
 
 def _stored(like: Like, node: Any, name: str = PROJECTORS) -> Any:
-    """What a codec, a recovery or a policy keeps of one leaf: batch axes lead in every part."""
+    """The arrays that a codec, a recovery or a policy keeps of one leaf, batch axes leading."""
 
     def of(part: Any) -> Any:
         axes = _restricted(like, part.shape) or like.axes[: like.kept]

@@ -1,4 +1,4 @@
-"""What happens to the inner state when a basis moves."""
+"""Treatments of the inner state when a basis moves."""
 
 from galore_jax.transport.align import align, keep
 from galore_jax.transport.base import BasisChange, Transport

@@ -1,4 +1,4 @@
-"""Which fields of which optimizer states are moments of the gradient."""
+"""A registry of the fields of optimizer states that are moments of the gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which axes of a leaf are batch, kept and projected; which leaves take part."""
+"""Leaves as batches of matrices, and the choice of those that are projected."""
 
 from galore_jax.views.axes import MatrixAxes
 from galore_jax.views.matrix_view import MatrixView

@@ -1,4 +1,4 @@
-"""How a user says which axes of a leaf form its matrix."""
+"""The `axes` argument: the axes of a leaf that form its matrix."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from galore_jax.leaves import leaf_paths
 from galore_jax.rules import Rule
-from galore_jax.views.leaves import leaf_paths
 from galore_jax.views.targets import check_regex
 
 Axes = int | tuple[int, ...]

@@ -27,7 +27,7 @@ def check_side(side: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """Which axes of a leaf are batch, kept and projected.
+    """The batch, kept and projected axes of a leaf.
 
     After this, left and right no longer exist: a gradient is ``[*batch, kept, projected]``, a
     basis ``[*batch, projected, rank]`` and a low-rank array ``[*batch, kept, rank]``.

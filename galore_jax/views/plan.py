@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_jax.leaves import Leaves
 from galore_jax.rules import Rule
 from galore_jax.views.axes import (
     AxesByPath,
@@ -22,7 +23,6 @@ from galore_jax.views.axes import (
     axes_per_leaf,
     axes_rule,
 )
-from galore_jax.views.leaves import Leaves
 from galore_jax.views.matrix_view import MatrixView, Side, matrix_view
 from galore_jax.views.targets import Targets, all_matrices, exemption, is_target
 
@@ -56,7 +56,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """What happens to one leaf.
+    """The decision for one leaf.
 
     Args:
       path: "/"-joined path in the parameter tree.

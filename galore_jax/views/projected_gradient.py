@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.views.leaves import OneLeaf
+from galore_jax.leaves import OneLeaf
 
 # A power of two: scaling by it is exact.
 _TINY = 2.0**-60

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_jax.views.leaves import (
+from galore_jax.leaves import (
     abstract,
     flatten_leaves,
     is_leaf,

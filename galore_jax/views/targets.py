@@ -1,4 +1,4 @@
-"""Which leaves take part."""
+"""The `targets` argument: the leaves that take part."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from galore_jax.leaves import abstract
 from galore_jax.rules import Rule
-from galore_jax.views.leaves import abstract
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool] | None
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import galore_jax as gj
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 WIDTH, HIDDEN, LAYERS, EXPERTS, VOCABULARY = 12, 20, 2, 3, 11
 RANK = 4
@@ -173,6 +173,6 @@ def compare(tx, loss, params, batches, reference=None):
 def refreshes(state):
     """How often each basis of all lenses was recomputed."""
     counts = []
-    for lens in find_lenses(state):
+    for lens in low_rank_states(state):
         counts += [np.ravel(numbers) for numbers in lens.refresh_state.refreshes.values()]
     return np.concatenate(counts)

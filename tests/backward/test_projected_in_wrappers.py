@@ -8,7 +8,7 @@ import pytest
 from small_models import SHAPES, distance, draw, loss, refreshes
 
 import galore_jax as gj
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 
@@ -44,7 +44,8 @@ def test_a_clip_by_global_norm_sees_the_projected_norm():
         assert distance(updates, optax.tree.scale(np.float32(1e-3 / norm), expected)) < 1e-5
         # The clip has left the bases as they are.
         assert (
-            distance(find_lenses(state)[0].projectors["square"], free.projectors["square"]) < 1e-6
+            distance(low_rank_states(state)[0].projectors["square"], free.projectors["square"])
+            < 1e-6
         )
     assert refreshes(state).max() == 2
 

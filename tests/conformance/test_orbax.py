@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
+from galore_jax.leaves import is_one_leaf
 from galore_jax.quant import power
-from galore_jax.views.leaves import is_one_leaf
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

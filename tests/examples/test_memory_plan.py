@@ -17,7 +17,7 @@ from examples.llama.planning import compiled, phases
 from examples.llama.planning.estimate import CARDS, Estimate, estimate, fits
 from examples.llama.planning.run import abstract_mesh, make_run
 from examples.llama.planning.sizes import sizes_of
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "compiled_memory.json"
 WIDE = {"hidden-size": 64, "intermediate-size": 256, "batch-size": 8}
@@ -68,7 +68,7 @@ def test_roles_are_those_of_the_library(options):
     """On a mesh each array counts by its share."""
     run = run_of(line(optimizer="galore_adamw", rank=4, **options))
     kept, opt_state = estimate(run).kept, run.state.opt_state
-    (lens,) = find_lenses(opt_state)
+    (lens,) = low_rank_states(opt_state)
 
     def local(tree):
         return sum(

@@ -12,7 +12,7 @@ from test_layerwise_memory import IN_PLACE, creators, shapes
 
 import galore_jax as gj
 from galore_jax import layerwise
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -81,7 +81,7 @@ def test_the_same_as_an_ordinary_step_across_refreshes(name, pullback):
     ours, theirs = decisions(found[1]), decisions(expected[1])
     for k in theirs:
         np.testing.assert_array_equal(ours[k], theirs[k], err_msg=k)
-    for lens in find_lenses(expected[1]):
+    for lens in low_rank_states(expected[1]):
         assert np.min(lens.refresh_state.refreshes["blocks.up.kernel"]) >= 2
         assert lens.count == WINDOWS
 
@@ -240,7 +240,7 @@ def test_a_block_that_is_not_finite_adds_nothing_to_its_window(pullback, place):
     without = jax.tree.map(lambda *g: (sum(g) - g[place]) / 3, *gradients)
     mean["embed"] = without["embed"]
     mean["blocks"] = jax.tree.map(lambda g, w: g.at[0].set(w[0]), mean["blocks"], without["blocks"])
-    (lens,) = find_lenses(state)
+    (lens,) = low_rank_states(state)
     assert lens.refresh_state.refreshes["blocks.up.kernel"].tolist() == [1] * sm.LAYERS
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, begun, projected(mean, lens))
     assert sm.distance(params, expected) < 1e-5
@@ -253,7 +253,7 @@ def test_a_basis_that_was_not_found_is_looked_for_in_the_next_window(pullback):
     for number, tokens in enumerate(sm.batches(6)):
         params, state, _ = step(params, state, (tokens, jnp.int32(number == 0)))
         if number in (2, 5):
-            (lens,) = find_lenses(state)
+            (lens,) = low_rank_states(state)
             done, due = (getattr(lens.refresh_state, name)["blocks.up.kernel"].tolist()
                          for name in ("refreshes", "due"))  # fmt: skip
             assert done == [number == 5, 1, 1, 1] and due == [number == 2, False, False, False]

@@ -11,8 +11,8 @@ import galore_jax as gj
 from galore_jax import layerwise
 from galore_jax.layerwise import coupling
 from galore_jax.layerwise.slices import Layer, block_leaves, layer_axes
+from galore_jax.leaves import leaf_paths
 from galore_jax.transforms import streaming
-from galore_jax.views.leaves import leaf_paths
 
 pytestmark = pytest.mark.standard_promotion
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import galore_jax as gj
-from galore_jax.transforms.lenses import find_lenses, lens_leaves
+from galore_jax.transforms.lenses import low_rank_states, projection_leaves
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 
@@ -114,7 +114,9 @@ def signature(tree):
 
 
 def due(state):
-    return any(np.any(x) for lens in find_lenses(state) for x in leaves_of(lens.refresh_state.due))
+    return any(
+        np.any(x) for lens in low_rank_states(state) for x in leaves_of(lens.refresh_state.due)
+    )
 
 
 def leaves_of(tree):
@@ -163,7 +165,7 @@ def test_a_window_is_a_step_on_the_mean(name):
     # There was a window of both kinds, and counts are of windows.
     assert refreshed >= 2
     assert refreshed < WINDOWS or name == "staggered"
-    for lens, other in zip(find_lenses(state), find_lenses(expected_state), strict=True):
+    for lens, other in zip(low_rank_states(state), low_rank_states(expected_state), strict=True):
         assert_same_bits(lens.refresh_state.refreshes, other.refresh_state.refreshes)
         assert lens.count == WINDOWS
 
@@ -201,12 +203,12 @@ def test_a_basis_comes_from_the_first_micro_batch(name):
     for number in range(WINDOWS):
         was_due, old = due(state.opt_state), state.opt_state
         gradients = window(number)
-        (expected,) = find_lenses(plain.run(gradients[:1], old)[1])
+        (expected,) = low_rank_states(plain.run(gradients[:1], old)[1])
         bases = []
         for gradient in gradients:
             _, state = ours.update(gradient, state, PARAMS)
             bases.append(state.projectors)
-        (lens,) = find_lenses(state)
+        (lens,) = low_rank_states(state)
         assert_same_bits(bases[0], bases[-1])
         assert_close(decoded(bases[0]), decoded(expected.projectors), 1e-5)
         assert_close(decoded(lens.projectors), decoded(bases[0]), 1e-6)
@@ -283,7 +285,7 @@ def test_a_window_with_a_nan_leaves_no_trace_in_the_next(place):
     gradients = window(0)
     gradients[place] = poisoned(gradients[place])
     updates, state = ours.run(gradients)
-    (lens,), (start,) = find_lenses(state), find_lenses(ours.start)
+    (lens,), (start,) = low_rank_states(state), low_rank_states(ours.start)
     assert np.isnan(updates["tall"]).any() and np.isfinite(updates["stack"]).all()
     if place == 0:  # nothing to make a basis from: it stays, and stays due
         assert_same_bits(lens.projectors["tall"], start.projectors["tall"])
@@ -292,7 +294,7 @@ def test_a_window_with_a_nan_leaves_no_trace_in_the_next(place):
     assert lens.refresh_state.refreshes["stack"].tolist() == [1, 1, 1]
     assert np.isfinite(lens.projectors["tall"]).all()
     updates, state = ours.run(window(1), state)
-    (lens,) = find_lenses(state)
+    (lens,) = low_rank_states(state)
     assert lens.refresh_state.refreshes["tall"] == 1
     assert all(np.isfinite(x).all() for x in leaves_of((updates, state)))
 
@@ -386,7 +388,7 @@ def test_bf16_gradients_are_summed_up_in_fp32(options):
             assert signature(state) == before
             assert all(x.dtype == jnp.bfloat16 for x in updates.values())
     assert all(x.dtype == jnp.float32 for x in state.sums.values())
-    (lens,) = find_lenses(state)
+    (lens,) = low_rank_states(state)
     for name, whole in mean(gradients).items():
         if name != "norm":
             whole = 0.25 * projection(name, whole, np.asarray(lens.projectors[name], np.float64))
@@ -533,7 +535,7 @@ def test_pmap_keeps_local_sums_and_equals_reducing_first():
     expected, expected_state = reduced_first(gradients)
     assert_close(emitted, expected, 1e-5)
     first = jax.tree.map(lambda x: x[0], state.opt_state)
-    for lens, other in zip(find_lenses(first), find_lenses(expected_state), strict=True):
+    for lens, other in zip(low_rank_states(first), low_rank_states(expected_state), strict=True):
         assert_same_bits(lens.refresh_state, other.refresh_state)
         assert_close(lens.projectors, other.projectors, 1e-5)
 
@@ -577,7 +579,7 @@ def test_a_scan_in_a_shard_map_equals_reducing_first(way):
     for i in range(2):
         updates, state = run(stacked(gradients[3 * i : 3 * i + 3]), state)
         assert_close(updates, expected[i], 1e-5)
-    for lens, other in zip(find_lenses(state), find_lenses(expected_state), strict=True):
+    for lens, other in zip(low_rank_states(state), low_rank_states(expected_state), strict=True):
         assert_close(lens.inner_state, other.inner_state, 1e-5)
 
 
@@ -589,12 +591,12 @@ def test_what_one_device_finds_not_finite_is_so_for_all():
     bad["tall"] = bad["tall"].at[5, 1, 1].set(jnp.inf)
     for gradient in (bad, draw_local(1), draw_local(2)):
         updates, state = update(gradient, state)
-    (lens,) = find_lenses(state)
+    (lens,) = low_rank_states(state)
     assert lens.refresh_state.refreshes["tall"] == 0 and lens.refresh_state.due["tall"]
     assert np.isfinite(updates["stack"]).all() and not np.isfinite(updates["tall"]).all()
     for seed in (3, 4, 5):
         updates, state = update(draw_local(seed), state)
-    (lens,) = find_lenses(state)
+    (lens,) = low_rank_states(state)
     assert lens.refresh_state.refreshes["tall"] == 1 and np.isfinite(updates["tall"]).all()
 
 
@@ -669,7 +671,7 @@ def test_parameters_of_each_device_its_own():
 def given(gradient, state, fresh, kinds):
     """The gradient in the bases of a state, or the `fresh` ones if they are due."""
     found = dict(gradient)
-    (lens,) = lens_leaves(state, PARAMS)
+    (lens,) = projection_leaves(state, PARAMS)
     for plan, stored, due, *_ in lens.subspaces:
         if plan.path in kinds:
             basis = fresh[plan.path] if np.any(due) else stored
@@ -706,12 +708,12 @@ def test_projected_gradients_do_what_gradients_do(kinds):
     assert low.traces == 1
 
 
-def test_lens_leaves_are_those_of_the_window():
+def test_projection_leaves_are_those_of_the_window():
     """What a backward pass that projects has to read: bases as they are used, due once."""
     _, ours = compiled("adamw")
     state = ours.start
     for i, gradient in enumerate([*window(0), *window(1), *window(2)]):
-        (before,) = lens_leaves(state, PARAMS)
+        (before,) = projection_leaves(state, PARAMS)
         _, state = ours.update(gradient, state, PARAMS)
         for leaf in before.subspaces:
             if leaf.plan.is_projected:
@@ -860,7 +862,7 @@ def test_sums_are_sharded_like_moments_and_bases_like_bases(name, spread):
     assert state.sums["norm"].spec == sharding["norm"].spec
     assert state.projectors["norm"].is_fully_replicated
     bases = {}
-    for lens in find_lenses(inner):
+    for lens in low_rank_states(inner):
         bases |= {path: x for path, x in lens.projectors.items() if leaves_of(x)}
     for leaf in ("heads", "stack", "tall"):
         assert state.projectors[leaf] == bases[leaf]

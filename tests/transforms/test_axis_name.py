@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
 from galore_jax import projectors
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 
@@ -139,7 +139,7 @@ def test_equals_reducing_the_gradient_first(way, name):
 
 def refreshes(state):
     """How often each basis was recomputed, by path, over all lenses of a state."""
-    trees = [lens.refresh_state.refreshes for lens in find_lenses(state)]
+    trees = [lens.refresh_state.refreshes for lens in low_rank_states(state)]
     return {name: np.asarray(x) for tree in trees for name, x in tree.items() if not masked(x)}
 
 

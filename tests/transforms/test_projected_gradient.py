@@ -8,7 +8,7 @@ import pytest
 
 import galore_jax as gj
 from galore_jax import projectors, transport
-from galore_jax.transforms.lenses import find_lenses
+from galore_jax.transforms.lenses import low_rank_states
 from galore_jax.views import ProjectedGradient
 
 PARAMS = {
@@ -199,7 +199,7 @@ def test_aliases_take_them_too(make, axes):
 
     for gradient in stream(steps=2):
         expected, full = update(gradient, full, PARAMS)
-        *_, projecting = find_lenses(full)  # that of Adafactor's other leaves comes first
+        *_, projecting = low_rank_states(full)  # that of Adafactor's other leaves comes first
         given = taken(gradient, projecting)
         assert isinstance(given["w"], ProjectedGradient)
         updates, low = update(given, low, PARAMS)

@@ -14,7 +14,7 @@ import galore_jax as gj
 from examples.llama import mesh
 from examples.llama.optimizers import is_block_matrix, path_name
 from examples.llama.planning.run import Run
-from galore_jax.transforms.lenses import lens_leaves
+from galore_jax.transforms.lenses import projection_leaves
 from galore_jax.views import LeafPlan
 
 FP32 = 4
@@ -191,7 +191,7 @@ def _plans(run: Run) -> dict[str, LeafPlan]:
     lenses: list[Any] = []
 
     def look(state: Any) -> None:
-        lenses.extend(lens_leaves(state, params))
+        lenses.extend(projection_leaves(state, params))
 
     jax.eval_shape(look, run.state.opt_state)
     return {leaf.plan.path: leaf.plan for lens in lenses for leaf in lens.subspaces}

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import galore_jax as gj
+from galore_jax.leaves import flatten_leaves, leaf_paths, rebox
 from galore_jax.views import ProjectedGradient
-from galore_jax.views.leaves import flatten_leaves, leaf_paths, rebox
 
 
 def lens(**options):

@@ -50,13 +50,13 @@ def varying_axes(tree: Any, like: Any) -> tuple[str, ...]:
     return tuple(sorted(of(tree) - of(like)))
 
 
-def sum_like(x: jax.Array, like: jax.Array) -> jax.Array:
+def psum_unvarying(x: jax.Array, like: jax.Array) -> jax.Array:
     """The sum over the axes over which `x` is known to vary and `like` is not: its cotangent."""
     axes = varying_axes(x, like)
     return jax.lax.psum(x, axes) if axes else x
 
 
-def mean_like(x: jax.Array, like: jax.Array, axis_name: AxisName) -> jax.Array:
+def pmean_unvarying(x: jax.Array, like: jax.Array, axis_name: AxisName) -> jax.Array:
     """The mean over those of the axes over which `x` is known to vary and `like` is not.
 
     Where nobody keeps track, `x` stays local.
