@@ -110,22 +110,6 @@ class Leaves:
         )
 
 
-def flatten_leaves(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves with their boxes taken off, and the structure without boxes."""
-    leaves = Leaves.of(tree)
-    return leaves.values, leaves.treedef
-
-
-def leaf_paths(tree: Any) -> list[str]:
-    """The "/"-joined path of every leaf, in flattening order."""
-    return Leaves.of(tree).paths
-
-
-def rebox(tree: Any, leaves: Sequence[Any]) -> Any:
-    """Puts `leaves` into the structure of `tree`, inside the boxes that `tree` has."""
-    return Leaves.of(tree).boxed(leaves)
-
-
 def unboxed(tree: Any) -> Any:
     """The tree without boxes."""
     return jax.tree.map(lambda x: _unbox(x) if is_box(x) else x, tree, is_leaf=is_leaf)

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import collectives
-from galore_jax.layerwise.clipping import square_sum
+from galore_jax.layerwise.clipping import square_sum, values_of
 from galore_jax.layerwise.slices import Layer
-from galore_jax.leaves import flatten_leaves, rebox
+from galore_jax.leaves import Leaves
 from galore_jax.transforms.lenses import projection_leaves
-from galore_jax.views import ProjectedGradient
 
 
 class Devices(NamedTuple):
@@ -37,9 +36,7 @@ class Devices(NamedTuple):
 
     def square_sum(self, gradients: Any) -> jax.Array:
         """The square of the norm of their mean, which takes them to all devices at full size."""
-        leaves, _ = flatten_leaves(gradients)
-        values = [leaf.value if isinstance(leaf, ProjectedGradient) else leaf for leaf in leaves]
-        return square_sum(jax.tree.map(self.mean, values))
+        return square_sum(list(map(self.mean, values_of(gradients))))
 
     def left_over(self, gradients: Any) -> Any:
         """Gradients, averaged over devices if no lens will reduce them; the others stay local."""
@@ -61,8 +58,9 @@ class Devices(NamedTuple):
         """`tree` with `fn` applied to the leaves that no lens reduces."""
         if not self.axes:
             return tree
-        leaves = enumerate(flatten_leaves(tree)[0])
-        return rebox(tree, [leaf if n in self.reduced else fn(leaf) for n, leaf in leaves])
+        leaves = Leaves.of(tree)
+        pairs = enumerate(leaves.values)
+        return leaves.boxed([leaf if n in self.reduced else fn(leaf) for n, leaf in pairs])
 
 
 def devices_of(whole: Layer) -> Devices:

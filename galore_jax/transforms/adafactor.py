@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.leaves import flatten_leaves
+from galore_jax.leaves import Leaves
 from galore_jax.transforms.factored_rms import scale_by_factored_rms
 from galore_jax.transforms.low_rank import low_rank_projection
 from galore_jax.views import ProjectedGradient, leaf_plan
@@ -67,15 +67,13 @@ def _is_projected(rules: Rules) -> Callable[[Any], Any]:
     """Labels for `optax.partition`: True for the leaves that `rules` project."""
 
     def labels(tree: Any) -> Any:
-        leaves, treedef = flatten_leaves(tree)
+        leaves = Leaves.of(tree)
         # A gradient that is already projected has no shape to plan with; no rule looks at the axes
         # of an empty leaf.
         empty = jax.ShapeDtypeStruct((0,), jnp.float32)
-        done = [isinstance(leaf, ProjectedGradient) for leaf in leaves]
-        shapes = [empty if d else leaf for d, leaf in zip(done, leaves, strict=True)]
-        plans = leaf_plan(rules, treedef.unflatten(shapes))
-        return treedef.unflatten(
-            d or plan.is_projected for d, plan in zip(done, plans, strict=True)
-        )
+        done = [isinstance(leaf, ProjectedGradient) for leaf in leaves.values]
+        shapes = [empty if d else leaf for d, leaf in zip(done, leaves.values, strict=True)]
+        plans = leaf_plan(rules, leaves.tree(shapes))
+        return leaves.tree([d or plan.is_projected for d, plan in zip(done, plans, strict=True)])
 
     return labels

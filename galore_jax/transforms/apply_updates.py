@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from galore_jax.keys import leaf_key, rounding_noise
-from galore_jax.leaves import flatten_leaves, leaf_paths, rebox, unboxed
+from galore_jax.leaves import Leaves, unboxed
 from galore_jax.quant.array import QuantizedArray, add
 
 
@@ -56,14 +56,9 @@ def apply_updates(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024, section 3.4 (https://arxiv.org/abs/2407.08296).
     """
-
-    leaves, treedef = flatten_leaves(params)
-    changes = treedef.flatten_up_to(unboxed(updates))
-    new = [
-        _apply(path, leaf, change, key, layer)
-        for path, leaf, change in zip(leaf_paths(params), leaves, changes, strict=True)
-    ]
-    return rebox(params, new)
+    leaves = Leaves.of(params)
+    rows = zip(leaves.paths, leaves.values, leaves.split(unboxed(updates)), strict=True)
+    return leaves.boxed([_apply(*row, key, layer) for row in rows])
 
 
 def _apply(
