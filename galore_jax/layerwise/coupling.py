@@ -206,8 +206,8 @@ def _check_shapes(params: Leaves, updates: list[Any]) -> None:
             raise ValueError(
                 f"the update of {path!r} has shape {jnp.shape(update)} where its parameter has "
                 f"{like.shape}: the transformation holds an array for all layers, but gets one "
-                "layer at a time. Keep the array in its state, or pick its entry by the extra argument "
-                "`layer` of update."
+                "layer at a time. Keep the array in its state, or pick its entry by the extra "
+                "argument `layer` of update."
             )
 
 

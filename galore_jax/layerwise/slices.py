@@ -208,7 +208,8 @@ def _check_floating(params: Leaves) -> None:
         if not jnp.issubdtype(like.dtype, jnp.floating):
             raise TypeError(
                 f"leaf {path!r} has dtype {like.dtype}: only real floating parameters have "
-                "gradients. Keep it out of the parameters, in the batch or in the functions of the model."
+                "gradients. Keep it out of the parameters, in the batch or in the functions of the "
+                "model."
             )
 
 
