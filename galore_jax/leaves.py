@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,21 @@ import optax
 
 class OneLeaf:
     """A pytree node that stands for one array: to a tree of parameters or gradients, a leaf."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array, where the node knows it."""
+        raise AttributeError("shape")
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of its entries."""
+        return math.prod(self.shape)
 
 
 def is_box(node: Any) -> bool:

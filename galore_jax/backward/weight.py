@@ -172,12 +172,6 @@ def _product(
     return static.product(x, decoded(weight, x.dtype))
 
 
-def _product_fwd(
-    static: _Static, x: jax.Array, weight: Any, slots: CotangentSlots, leaf: LeafSubspace
-):
-    return _product(static, x, weight, slots, leaf), (x, weight, slots, leaf)
-
-
 def _product_bwd(static: _Static, residuals: Any, dy: jax.Array):
     x, _, slots, _ = residuals
     backward = functools.partial(_cotangents, static)
@@ -198,7 +192,7 @@ def _cotangents(static: _Static, residuals: Any, dy: jax.Array) -> tuple[jax.Arr
     return collectives.psum_unvarying(dx, x), cotangents
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_product.defvjp(lambda *args: (_product(*args), args[1:]), _product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -207,10 +201,6 @@ def _array(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspa
     return collectives.varying(
         decoded(weight, static.plan.dtype), collectives.varying_axes(slots.value, ())
     )
-
-
-def _array_fwd(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspace):
-    return _array(static, weight, slots, leaf), (slots, leaf)
 
 
 def _array_bwd(static: _Static, residuals: Any, gradient: jax.Array):
@@ -234,4 +224,4 @@ def _cotangents_of_array(static: _Static, residuals: Any, gradient: jax.Array) -
     )
 
 
-_array.defvjp(_array_fwd, _array_bwd)
+_array.defvjp(lambda *args: (_array(*args), args[2:]), _array_bwd)

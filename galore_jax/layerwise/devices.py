@@ -32,7 +32,10 @@ class Devices(NamedTuple):
 
     def reported(self, results: Any) -> Any:
         """Floating results averaged. Of counts the mean might be meant, or the sum: they stay."""
-        return jax.tree.map(lambda x: self.mean(x) if _is_floating(x) else x, results)
+        return jax.tree.map(
+            lambda x: self.mean(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x,
+            results,
+        )
 
     def square_sum(self, gradients: Any) -> jax.Array:
         """The square of the norm of their mean, which takes them to all devices at full size."""
@@ -73,7 +76,3 @@ def devices_of(whole: Layer) -> Devices:
         tuple(sorted({name for names, _ in mapped_over for name in names})),
         frozenset(number for names, numbers in mapped_over if names for number in numbers),
     )
-
-
-def _is_floating(x: jax.Array) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -159,7 +159,7 @@ def train_step(
     if clip_norm is not None:
         check_max_norm("clip_norm", clip_norm)
     tx = optax.with_extra_args_support(tx)
-    is_finite = jnp.isfinite if skip_nonfinite else _always
+    is_finite = jnp.isfinite if skip_nonfinite else functools.partial(jnp.ones_like, dtype=bool)
     find_clip = _no_clip if clip_norm is None else functools.partial(_exact_clip, clip_norm)
 
     def step(
@@ -277,7 +277,3 @@ def _exact_clip(
     )
     norm = jnp.sqrt(squares + devices.square_sum(model.outer(outer)))
     return _Clip(jnp.where(jnp.isfinite(norm), clip_factor(norm, max_norm), jnp.nan), norm)
-
-
-def _always(x: jax.Array) -> jax.Array:
-    return jnp.ones_like(x, bool)

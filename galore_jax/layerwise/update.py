@@ -34,12 +34,7 @@ def nonfinite_of(opt_state: Any) -> Nonfinite:
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _WINDOWS))
     windows = any(isinstance(node, _WINDOWS) for node in nodes)
-    return zero_nonfinite if windows else pass_through
-
-
-def pass_through(gradients: Any, finite: Finite) -> tuple[Any, Finite]:
-    """Gradients as they are."""
-    return gradients, finite
+    return zero_nonfinite if windows else lambda gradients, finite: (gradients, finite)
 
 
 def zero_nonfinite(gradients: Any, finite: Finite) -> tuple[Any, Finite]:

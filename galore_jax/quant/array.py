@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.checks import check_count
 from galore_jax.keys import leaf_key, rounding_noise
 from galore_jax.meshes import with_auto_axes
 from galore_jax.quant import affine, blocks, packing
@@ -70,14 +70,6 @@ class QuantizedArray(Weight):
         return tuple(shape)
 
     @property
-    def ndim(self) -> int:
-        return len(self.codes.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
@@ -110,11 +102,7 @@ class QuantizedArray(Weight):
         )
 
 
-register(
-    QuantizedArray,
-    lambda x: {name: getattr(x, name) for name in ("codes", "scales", "zeros")},
-    lambda x, parts: dataclasses.replace(x, **parts),
-)
+register(QuantizedArray, "codes", "scales", "zeros")
 
 
 def quantize(
@@ -269,4 +257,4 @@ def check_format(bits: int, block: int) -> None:
     """Raises unless the codes have 8 or 4 bits and the block at least one entry."""
     if bits not in (4, 8):
         raise ValueError(f"`bits` is 8 or 4, got {bits!r}.")
-    blocks.check_block(block)
+    check_count("block", block)

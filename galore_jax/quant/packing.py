@@ -11,11 +11,6 @@ import jax
 import jax.numpy as jnp
 
 
-def packed_size(size: int, bits: int) -> int:
-    """Bytes for `size` codes."""
-    return size if bits == 8 else -(-size // 2)
-
-
 def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
     """uint8 codes below ``2**bits`` -> bytes; shorter along `axis` for 4 bits."""
     if bits == 8:

@@ -13,7 +13,7 @@ from galore_jax.leaves import Leaves, abstract
 from galore_jax.meshes import with_auto_axes
 from galore_jax.quant.array import QuantizedArray, check_format, dequantize, quantize
 from galore_jax.views.shardings import sharded_parts, shardings_per_leaf
-from galore_jax.views.targets import Targets, check_targets, is_target
+from galore_jax.views.targets import Targets, is_target, targets_rule
 
 
 def quantize_params(
@@ -48,7 +48,7 @@ def quantize_params(
       QuantizedArray(shape=(64, 256), bits=8, block=256, dtype=float32)
     """
     check_format(bits, block)
-    check_targets(targets)
+    targets_rule(targets)
 
     def quantize_leaf(name: str, leaf: Any) -> Any:
         shape = abstract(leaf).shape

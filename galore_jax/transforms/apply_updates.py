@@ -67,7 +67,10 @@ def _apply(
     if update is None or isinstance(update, optax.MaskedNode):
         return param
     if isinstance(param, QuantizedArray):
-        _check_shape(path, param, update)
+        if update.shape != param.shape:
+            raise ValueError(
+                f"leaf {path!r}: the parameter has shape {param.shape}, its update {update.shape}."
+            )
         noise = None if key is None else rounding_noise(leaf_key(key, path), param.shape, layer)
         return add(param, update, noise)
     if key is not None and jnp.result_type(param) == jnp.bfloat16:
@@ -89,10 +92,3 @@ def stochastic_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
     carried = word + (noise * np.float32(2.0**16)).astype(jnp.uint32)
     rounded = jax.lax.bitcast_convert_type(carried & np.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
-
-
-def _check_shape(name: str, param: QuantizedArray, update: Any) -> None:
-    if update.shape != param.shape:
-        raise ValueError(
-            f"leaf {name!r}: the parameter has shape {param.shape}, its update {update.shape}."
-        )

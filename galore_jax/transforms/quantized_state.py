@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.checks import check_count
 from galore_jax.leaves import Leaves, is_one_leaf
 from galore_jax.meshes import preserve_sharding
-from galore_jax.quant import blocks, dequantize, power
+from galore_jax.quant import dequantize, power
 from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.streaming import piece_of, streamed
 from galore_jax.transport.moments import (
@@ -67,7 +68,7 @@ def quantized_state(
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021
       (https://arxiv.org/abs/2110.02861).
     """
-    blocks.check_block(block)
+    check_count("block", block)
     inner = optax.with_extra_args_support(inner)
 
     def encode(x: jax.Array, signed: bool) -> Any:

@@ -7,7 +7,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,22 +31,9 @@ RankLike = int | float | Callable[[str, Any], int | float | None]
 NEEDS_AXES = "more than two axes: needs `axes`"
 
 
-class ViewRules(Protocol):
-    """The part of a lens configuration that decides which leaves are projected, and how."""
-
-    @property
-    def rank(self) -> RankLike: ...
-    @property
-    def side(self) -> Side: ...
-    @property
-    def axes(self) -> AxesRule: ...
-    @property
-    def targets(self) -> Targets: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The rules alone, for planning without a lens."""
+    """The part of a lens configuration that decides which leaves are projected, and how."""
 
     rank: RankLike
     side: Side
@@ -93,11 +80,11 @@ class LeafPlan:
         return jnp.issubdtype(self.dtype, jnp.inexact)
 
 
-def leaf_plan(config: ViewRules, params: Any) -> list[LeafPlan]:
+def leaf_plan(config: Rules, params: Any) -> list[LeafPlan]:
     """Plans every leaf of `params`, in flattening order.
 
     Args:
-      config: Rules of a lens (any object with `rank`, `side`, `axes`, `targets`).
+      config: The config of a lens, or its rules alone.
       params: Parameters, gradients or `ShapeDtypeStruct`s; only shapes and dtypes are read.
 
     Returns:
@@ -158,9 +145,7 @@ def _by_path(rule: AxesByPath, path: str) -> _Request:
     return _Request(MatrixAxes(), default=True)
 
 
-def _plan_leaf(
-    config: ViewRules, path: str, like: jax.ShapeDtypeStruct, request: _Request
-) -> LeafPlan:
+def _plan_leaf(config: Rules, path: str, like: jax.ShapeDtypeStruct, request: _Request) -> LeafPlan:
     shape, dtype = like.shape, like.dtype
     axes, targets = request.axes, config.targets
     is_real = jnp.issubdtype(dtype, jnp.floating)
@@ -212,9 +197,6 @@ def rank_rule(rank: Any) -> int | float | Rule:
       ValueError: It is not positive, or a fraction above one.
     """
     return Rule.of("rank", rank) if callable(rank) else _number(rank)
-
-
-check_rank = rank_rule
 
 
 def _number(rank: Any) -> int | float:
