@@ -62,12 +62,13 @@ def dependence(jaxpr: core.Jaxpr, inputs: Sequence[Numbers]) -> list[Numbers]:
       contain one that says so.
     """
     known: dict[Any, Numbers] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atoms: Iterable[Any]) -> list[Numbers]:
+        return [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in atoms]
+
     for eqn in jaxpr.eqns:
-        results = _results(
-            eqn, [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in eqn.invars]
-        )
-        known.update(zip(eqn.outvars, results, strict=True))
-    return [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in jaxpr.outvars]
+        known.update(zip(eqn.outvars, _results(eqn, read(eqn.invars)), strict=True))
+    return read(jaxpr.outvars)
 
 
 def _results(eqn: Any, operands: list[Numbers]) -> list[Numbers]:
@@ -182,21 +183,21 @@ def _listed(names: list[str]) -> str:
 def _dates(state: Any) -> list[bool]:
     """Per array of a state, whether it says that a basis is to be refreshed, or has been."""
 
-    def mark(node: Any) -> Any:
-        marked = jax.tree.map(lambda _: False, node)
-        if isinstance(node, LowRankState):
-            due = jax.tree.map(lambda _: True, node.refresh_state.due)
-            return marked._replace(refresh_state=marked.refresh_state._replace(due=due))
-        if isinstance(node, AccumulateState):
-            moved = jax.tree.map(lambda _: True, node.moved)
-            return marked._replace(moved=moved, opt_state=marks(node.opt_state))
-        return marked
-
-    def marks(tree: Any) -> Any:
-        known = (LowRankState, AccumulateState)
+    def marked(tree: Any) -> Any:
         return jax.tree.map(mark, tree, is_leaf=lambda node: isinstance(node, known))
 
-    return jax.tree.leaves(marks(state))
+    def mark(node: Any) -> Any:
+        marks = jax.tree.map(lambda _: False, node)
+        if isinstance(node, LowRankState):
+            due = jax.tree.map(lambda _: True, node.refresh_state.due)
+            return marks._replace(refresh_state=marks.refresh_state._replace(due=due))
+        if isinstance(node, AccumulateState):
+            moved = jax.tree.map(lambda _: True, node.moved)
+            return marks._replace(moved=moved, opt_state=marked(node.opt_state))
+        return marks
+
+    known = (LowRankState, AccumulateState)
+    return jax.tree.leaves(marked(state))
 
 
 def _check_shapes(params: Leaves, updates: list[Any]) -> None:

@@ -132,11 +132,7 @@ def _check_parts(state: Any, axes: list[int | None]) -> None:
 
 
 def block_leaves(params: Any, blocks: str) -> list[bool]:
-    """Per leaf of the parameters, whether it is one of the stacked ones.
-
-    Raises:
-      ValueError: There are no stacked leaves of equal length under that name.
-    """
+    """Per leaf of the parameters, whether it is one of the stacked ones."""
     num_layers(params, blocks)
     leaves = Leaves.of(params)
     numbers = range(len(leaves.values))

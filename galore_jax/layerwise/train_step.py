@@ -226,7 +226,8 @@ def train_step(
 
         outside = frozenset(n for n, own in enumerate(inside) if not own)
         squares |= devices.reported(squares_of(gradients, outside - soon.numbers))
-        norm = clip.norm_or(jnp.sqrt(sum(squares.values(), start=carry.squares)))
+        norm = jnp.sqrt(sum(squares.values(), start=carry.squares))
+        norm = norm if clip.norm is None else clip.norm
         final = layer_of(carry, at_first[0])
         late = update(final, gradients, finite(squares), at_first[0], norm.astype(jnp.float32))
         params, opt_state = axes.joined(soon.merge(early, late), carry.stacked)
@@ -249,9 +250,6 @@ class _Clip(NamedTuple):
 
     factor: jax.Array
     norm: jax.Array | None = None
-
-    def norm_or(self, other: jax.Array) -> jax.Array:
-        return other if self.norm is None else self.norm
 
 
 _LayerAt = Callable[[jax.Array], Layer]

@@ -36,9 +36,6 @@ def low_rank_adafactor(
     """Adafactor's direction: two lenses, of which one projects and one only sets the state dtype.
 
     Args: those of `galore_jax.galore_adafactor` and `low_rank_projection`.
-
-    Returns:
-      A gradient transformation.
     """
     ema = optax.identity() if momentum is None else optax.ema(momentum, debias=False)
     full = optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=epsilon)

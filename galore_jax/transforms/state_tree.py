@@ -133,14 +133,11 @@ def lens_on(state: LowRankState, likes: Any) -> tuple[Lens, list[Like]]:
 
 
 def state_arrays(state: Any, leaves: Leaves) -> Any:
-    """Every array of a state.
+    """A tree like a state, or its shapes, with a `StateArray` in the place of each array.
 
     Args:
       state: State of any transformation, or its shapes.
       leaves: Its parameters, or their shapes.
-
-    Returns:
-      A tree like `state` with a `StateArray` in the place of each array.
     """
     return _any(state, likes_of(leaves), "")
 

@@ -72,16 +72,7 @@ class MatrixView:
     @functools.cached_property
     def unbatched(self) -> MatrixView:
         """The view of one `entry`."""
-        if not self.batch:
-            return self
-        remaining = sorted(self.kept + self.projected)
-        return MatrixView(
-            shape=self._sizes(tuple(remaining)),
-            batch=(),
-            kept=tuple(remaining.index(axis) for axis in self.kept),
-            projected=tuple(remaining.index(axis) for axis in self.projected),
-            projects_input=self.projects_input,
-        )
+        return self._without(self.batch)
 
     def inside(self, axes: int) -> MatrixView:
         """The view of what is left when the first `axes` axes, all of them batch axes, are indexed.
@@ -94,13 +85,17 @@ class MatrixView:
                 f"axes {tuple(range(axes))} of shape {self.shape} are not all batch axes "
                 f"{self.batch}"
             )
-        return dataclasses.replace(
-            self,
-            shape=self.shape[axes:],
-            batch=tuple(axis - axes for axis in self.batch if axis >= axes),
-            kept=tuple(axis - axes for axis in self.kept),
-            projected=tuple(axis - axes for axis in self.projected),
-        )
+        return self._without(tuple(range(axes)))
+
+    def _without(self, indexed: tuple[int, ...]) -> MatrixView:
+        """The view of what is left when some batch axes are indexed."""
+        left = tuple(axis for axis in range(len(self.shape)) if axis not in indexed)
+
+        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(left.index(axis) for axis in axes if axis in left)
+
+        sides = map(moved, (self.batch, self.kept, self.projected))
+        return MatrixView(self._sizes(left), *sides, self.projects_input)
 
     @functools.cached_property
     def transposed(self) -> MatrixView:
@@ -151,14 +146,10 @@ class MatrixView:
             (f"{batch}{projected}Z", self._unflatten(basis, self.projected).astype(dtype)),
         ]
         # The factor whose axes come first in the leaf goes first: no transposed full-size result.
-        if self._projected_first:
+        if min(self.projected) < min(self.kept):
             factors.reverse()
         (left, a), (right, b) = factors
         return jnp.einsum(f"{left},{right}->{full}", a, b, preferred_element_type=dtype)
-
-    @functools.cached_property
-    def _projected_first(self) -> bool:
-        return min(self.projected) < min(self.kept)
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
@@ -190,9 +181,6 @@ def matrix_view(shape: tuple[int, ...], axes: MatrixAxes, side: Side) -> MatrixV
       shape: Shape of the leaf.
       axes: Which axes form its matrix; may count from the end.
       side: Which matrix side is projected; a square matrix is projected on its input side.
-
-    Returns:
-      The view, with all axes counted from the front.
 
     Raises:
       ValueError: An axis does not exist in `shape`, or two names mean the same axis.

@@ -132,17 +132,11 @@ def _axes_requests(rule: AxesRule, params: Any, paths: list[str]) -> list[_Reque
         names = dict(rule.rules)
         if set(paths) <= set(names):  # the parameters themselves, leaf by leaf (some masked)
             return [_Request(names[path], explicit=True) for path in paths]
-        return [_by_path(rule, path) for path in paths]
+        matches = [[a for pattern, a in rule.rules if re.search(pattern, p)] for p in paths]
+        return [_Request(m[0]) if m else _Request(MatrixAxes(), default=True) for m in matches]
     if isinstance(rule, AxesTree):
         return [_Request(axes, explicit=own) for axes, own in axes_per_leaf(rule, params)]
     return _axes_requests(axes_rule(rule(params)), params, paths)
-
-
-def _by_path(rule: AxesByPath, path: str) -> _Request:
-    for pattern, axes in rule.rules:
-        if re.search(pattern, path):
-            return _Request(axes)
-    return _Request(MatrixAxes(), default=True)
 
 
 def _plan_leaf(config: Rules, path: str, like: jax.ShapeDtypeStruct, request: _Request) -> LeafPlan:
@@ -190,12 +184,7 @@ def _plan_leaf(config: Rules, path: str, like: jax.ShapeDtypeStruct, request: _R
 
 
 def rank_rule(rank: Any) -> int | float | Rule:
-    """The `rank` argument, checked, as something static: hashable and comparable.
-
-    Raises:
-      TypeError: It is neither a Python or NumPy number nor a callable.
-      ValueError: It is not positive, or a fraction above one.
-    """
+    """The `rank` argument, checked, as something static: hashable and comparable."""
     return Rule.of("rank", rank) if callable(rank) else _number(rank)
 
 

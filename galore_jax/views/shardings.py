@@ -20,9 +20,6 @@ def shardings_per_leaf(params: Any, params_sharding: Any) -> list[NamedSharding]
       params_sharding: Tree like `params`, with or without its boxes, with a `NamedSharding` for
         each leaf; a stored leaf may have one for each of its parts.
 
-    Returns:
-      One `NamedSharding` per leaf, all on one mesh.
-
     Raises:
       ValueError: The trees do not match, a sharding does not fit its leaf, or there are two meshes.
       TypeError: A sharding is not a `NamedSharding`.

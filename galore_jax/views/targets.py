@@ -133,12 +133,7 @@ def patterns(targets: Targets) -> tuple[str, ...]:
 
 
 def targets_rule(targets: Any) -> Targets:
-    """The `targets` argument, checked, as something static: hashable and comparable.
-
-    Raises:
-      TypeError: It is neither None, nor a regex or a list of them, nor a callable.
-      ValueError: A regex is not valid.
-    """
+    """The `targets` argument, checked, as something static: hashable and comparable."""
     if targets is None or targets is all_matrices:
         return targets
     if callable(targets):
