@@ -229,10 +229,7 @@ class _Leaves:
         return ProjectedWeight(
             weight=jax.lax.stop_gradient(leaf),
             slots=slot,
-            stored=space.stored,
-            due=space.due,
-            refreshes=space.refreshes,
-            key=space.key,
+            space=space._replace(plan=None),  # type: ignore[arg-type]  # static
             plan=space.plan,
             config=config,
         )

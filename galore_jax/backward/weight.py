@@ -51,10 +51,7 @@ class ProjectedWeight(WrappedWeight):
     Args:
       weight: The array or the `quant.QuantizedArray`.
       slots: The arrays that are differentiated by.
-      stored: Stored form of the bases.
-      due: ``bool[*batch]``, which bases are recomputed in this backward pass.
-      refreshes: ``int32[*batch]``, how often they have been.
-      key: ``uint32[*batch, 2]``.
+      space: Its bases, without the plan.
       plan: Plan of the whole leaf.
       config: Of the lens.
 
@@ -70,10 +67,7 @@ class ProjectedWeight(WrappedWeight):
 
     weight: Any
     slots: CotangentSlots
-    stored: Any
-    due: jax.Array
-    refreshes: jax.Array
-    key: jax.Array
+    space: LeafSubspace
     plan: LeafPlan = dataclasses.field(metadata={"static": True})
     config: LowRankConfig = dataclasses.field(metadata={"static": True})
 
@@ -82,9 +76,8 @@ class ProjectedWeight(WrappedWeight):
         """The path of the leaf."""
         return self.plan.path
 
-    @property
-    def subspace(self) -> LeafSubspace:
-        """Of the part of the leaf that is left where its leading axes have been indexed away."""
+    def _static(self, product: Contraction | None) -> _Static:
+        """With the plan of what is left where leading axes have been indexed away."""
         view = self.plan.view
         assert view is not None
         gone = len(view.shape) - self.ndim
@@ -98,11 +91,11 @@ class ProjectedWeight(WrappedWeight):
                 "its leading axes can be indexed, one entry at a time."
             )
         plan = dataclasses.replace(self.plan, shape=self.shape, view=here)
-        return LeafSubspace(plan, self.stored, self.due, self.refreshes, self.key)
+        return _Static(product, self.config, plan)
 
     def decoded(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The array, whose gradient is formed before it is projected."""
-        return _array(self._static(None), self.weight, self.slots, self._leaf).astype(dtype)
+        return _array(self._static(None), self.weight, self.slots, self.space).astype(dtype)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         return product(matmul_contraction(jnp.ndim(x), self.ndim), x, self)
@@ -116,13 +109,6 @@ class ProjectedWeight(WrappedWeight):
                 f"leaf {self.plan.path!r} of shape {self.shape}: only leading batch axes of a "
                 "ProjectedWeight can be indexed."
             ) from error
-
-    def _static(self, product: Contraction | None) -> _Static:
-        return _Static(product, self.config, self.subspace.plan)
-
-    @property
-    def _leaf(self) -> LeafSubspace:
-        return self.subspace._replace(plan=None)  # type: ignore[arg-type]  # static
 
 
 def einsum(subscripts: str, x: jax.Array, w: Any) -> jax.Array:
@@ -161,7 +147,7 @@ def product(contraction: Contraction, x: jax.Array, w: ProjectedWeight) -> jax.A
     static = w._static(contraction)
     projected_contraction(contraction, static.plan)
     check_sizes(contraction, x.shape, static.plan)
-    return _product(static, x, w.weight, w.slots, w._leaf)
+    return _product(static, x, w.weight, w.slots, w.space)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -116,13 +116,10 @@ class EarlyUpdate(NamedTuple):
         """
         treedef: Any
         leaves, treedef = jax.tree.flatten(early)
-        known = [x for x, is_early in zip(leaves, self.arrays, strict=True) if is_early]
-        known, cotangent = barrier((known, cotangent))
+        pairs = list(zip(leaves, self.arrays, strict=True))
+        known, cotangent = barrier(([x for x, is_early in pairs if is_early], cotangent))
         given = iter(known)
-        joined = [
-            next(given) if is_early else x for x, is_early in zip(leaves, self.arrays, strict=True)
-        ]
-        return treedef.unflatten(joined), cotangent
+        return treedef.unflatten(next(given) if e else x for x, e in pairs), cotangent
 
     def merge(self, early: Layer, late: Layer) -> Layer:
         """The arrays of two updates, each from where all its gradients were there."""

@@ -96,11 +96,6 @@ def encode(x: jax.Array, *, signed: bool, block: int = 256, axis: int = -1) -> P
     return PowerArray(codes, scale, signed, block, axis, x.dtype)
 
 
-def block_axis(shape: tuple[int, ...]) -> int:
-    """The axis of the longest blocks: the longer one of the last two axes, or else the last."""
-    return -2 if len(shape) > 1 and shape[-2] > shape[-1] else -1
-
-
 def encode_like(x: jax.Array, like: PowerArray) -> PowerArray:
     """`x`, stored as `like` is."""
     x = x.astype(like.dtype)

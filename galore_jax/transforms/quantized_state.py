@@ -75,7 +75,8 @@ def quantized_state(
         small = x.ndim == 0 or x.size < max(min_size, 1)
         if small or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return power.encode(x, signed=signed, block=block, axis=power.block_axis(x.shape))
+        along_rows = x.ndim == 1 or x.shape[-2] <= x.shape[-1]  # the longer one of the last two
+        return power.encode(x, signed=signed, block=block, axis=-1 if along_rows else -2)
 
     def encode_leaf(leaf: int, moments: Moments) -> Moments:
         del leaf
