@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -43,7 +42,8 @@ class _CarriesMoments(Transport, abc.ABC):
 
     def _carry_stored(self, moments: Moments, change: BasisChange) -> Moments:
         wide, moved = decoded(moments), change.moved[..., None, None]
-        new = _mapped(functools.partial(jnp.where, moved), self._carry(wide, change), wide)
+        carried = self._carry(wide, change)
+        new = _mapped(lambda new, old: jnp.where(moved, new, old), carried, wide)
         return encoded_like(new, moments)
 
     @abc.abstractmethod

@@ -94,8 +94,8 @@ class MatrixView:
         def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(left.index(axis) for axis in axes if axis in left)
 
-        sides = map(moved, (self.batch, self.kept, self.projected))
-        return MatrixView(self._sizes(left), *sides, self.projects_input)
+        batch, kept, projected = map(moved, (self.batch, self.kept, self.projected))
+        return MatrixView(self._sizes(left), batch, kept, projected, self.projects_input)
 
     @functools.cached_property
     def transposed(self) -> MatrixView:
