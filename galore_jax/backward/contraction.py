@@ -123,7 +123,7 @@ class ProjectedContraction:
         near, far = (x, self.product.x), (dy, self.product.y)
         if projected[0] not in self.product.x:
             near, far = far, near
-        factor = basis.reshape(*self._sizes("batch"), *self._sizes("projected"), -1)
+        factor = self.view.unflatten(basis, self.view.projected)
         skinny = "".join(name for name in near[1] if name not in projected) + _RANK
         # Activations that all matrices of a batch share become different ones here.
         skinny = "".join(name for name in batch if name not in skinny) + skinny
@@ -185,9 +185,6 @@ class ProjectedContraction:
 
     def _names(self, side: str) -> str:
         return "".join(self.product.w[axis] for axis in getattr(self.view, side))
-
-    def _sizes(self, side: str) -> tuple[int, ...]:
-        return tuple(self.view.shape[axis] for axis in getattr(self.view, side))
 
 
 def check_sizes(product: Contraction, x_shape: tuple[int, ...], plan: LeafPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -122,10 +123,8 @@ def squares_of(gradients: Any, numbers: Collection[int]) -> dict[int, jax.Array]
 
 def norm_dtype(tree: Any) -> Any:
     """The dtype to take a norm in: fp32, or wider if an array is."""
-    wide = jnp.dtype(jnp.float32)
-    for leaf in Leaves.of(tree).values:
-        wide = jnp.promote_types(wide, getattr(leaf, "dtype", wide))
-    return wide
+    dtypes = (getattr(leaf, "dtype", jnp.float32) for leaf in Leaves.of(tree).values)
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def check_max_norm(name: str, max_norm: Any) -> None:

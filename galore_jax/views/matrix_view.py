@@ -131,7 +131,7 @@ class MatrixView:
             low_rank = jax.lax.optimization_barrier(low_rank).mT
         else:
             in_order = "".join(sorted(kept))
-            factor = self._unflatten(basis, self.projected).astype(leaf.dtype)
+            factor = self.unflatten(basis, self.projected).astype(leaf.dtype)
             low_rank = product(f"{full},{batch}{projected}Z->{batch}{in_order}Z", leaf, factor)
             if in_order != kept:
                 low_rank = jax.lax.optimization_barrier(low_rank)
@@ -142,8 +142,8 @@ class MatrixView:
         """N·Pᵀ in the leaf's own shape and axis order."""
         batch, kept, projected, full = self._letters
         factors = [
-            (f"{batch}{kept}Z", self._unflatten(low_rank, self.kept).astype(dtype)),
-            (f"{batch}{projected}Z", self._unflatten(basis, self.projected).astype(dtype)),
+            (f"{batch}{kept}Z", self.unflatten(low_rank, self.kept).astype(dtype)),
+            (f"{batch}{projected}Z", self.unflatten(basis, self.projected).astype(dtype)),
         ]
         # The factor whose axes come first in the leaf goes first: no transposed full-size result.
         if min(self.projected) < min(self.kept):
@@ -162,7 +162,8 @@ class MatrixView:
         )
         return batch, kept, projected, full
 
-    def _unflatten(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    def unflatten(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """``[*batch, n, k]`` with the `axes` that its axis of length n consists of."""
         return array.reshape(*self.batch_shape, *self._sizes(axes), array.shape[-1])
 
     def positions(self, index: jax.Array | int) -> tuple[jax.Array | int, ...]:
