@@ -123,8 +123,8 @@ def with_decay_and_rate(
     return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
 
 
-_NUMBERS = ("learning_rate", "scale", "weight_decay")
 _NOT_SHARED = ("base_optimizer", "weight_dimension_numbers")
+_NUMBERS = ("learning_rate", "scale", "weight_decay")
 STATIC_ARGS = tuple(
     name for name in inspect.signature(galore).parameters if name not in _NUMBERS + _NOT_SHARED
 )
@@ -249,10 +249,9 @@ def q_galore_adamw8bit(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024 (https://arxiv.org/abs/2407.08296).
     """
-    gap = update_proj_gap
-    gap = gap if isinstance(gap, RefreshPolicy) else adaptive(gap)
-    codec = int4() if codec is None else codec
-    return galore_adamw8bit(learning_rate, rank, update_proj_gap=gap, codec=codec, **options)
+    gap = update_proj_gap if isinstance(update_proj_gap, RefreshPolicy) else adaptive(update_proj_gap)
+    options |= {"update_proj_gap": gap, "codec": int4() if codec is None else codec}
+    return galore_adamw8bit(learning_rate, rank, **options)
 
 
 @_like_galore
@@ -282,8 +281,7 @@ def galore_lion(
     References:
       Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023.
     """
-    lion = optax.scale_by_lion(b1, b2)
-    return galore(learning_rate, rank, base_optimizer=lion, **options)
+    return galore(learning_rate, rank, base_optimizer=optax.scale_by_lion(b1, b2), **options)
 
 
 @_like_galore
@@ -339,9 +337,8 @@ def galore_adafactor(
       epsilon: Added to squared gradients.
 
     Example:
-      >>> import jax.numpy as jnp, galore_jax as gj
+      >>> import galore_jax as gj
       >>> tx = gj.galore_adafactor(1e-2, rank=4)
-      >>> state = tx.init({"w": jnp.ones((64, 32))})
 
     References:
       Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018.

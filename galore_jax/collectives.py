@@ -66,11 +66,7 @@ def pmean_unvarying(x: jax.Array, like: jax.Array, axis_name: AxisName) -> jax.A
 
 
 def check_axis_name(axis_name: AxisName) -> AxisName:
-    """The axes as they are kept.
-
-    Raises:
-      TypeError: They are no names.
-    """
+    """The axes as they are kept; raises unless they are names."""
     if axis_name is None or isinstance(axis_name, str):
         return axis_name
     if isinstance(axis_name, list | tuple) and all(isinstance(name, str) for name in axis_name):

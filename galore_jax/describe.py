@@ -23,11 +23,12 @@ from galore_jax.transforms.state_tree import (
     StateArray,
     lens_on,
     likes_of,
+    sharding_of,
     spec_of,
     state_arrays,
 )
 from galore_jax.views import LeafPlan
-from galore_jax.views.shardings import sharding_that_divides, shardings_per_leaf
+from galore_jax.views.shardings import shardings_per_leaf
 from galore_jax.views.specs import axis_names, entry_of, flattened, full_spec, shards
 
 
@@ -102,13 +103,11 @@ class Description:
         matrices = sum(row.is_matrix or row.projected for row in self.rows)
         projected = sum(row.projected for row in self.rows)
         share = round(100 * self.state_bytes / self.adamw_bytes) if self.adamw_bytes else 0
-        text = (
+        local = bytes_text(sum(placement.state_bytes for placement in placements))
+        return (
             f"{projected} of {matrices} matrices projected; state {bytes_text(self.state_bytes)}, "
             f"AdamW {bytes_text(self.adamw_bytes)} ({share} %)"
-        )
-        if placements:
-            text += f"; {bytes_text(sum(p.state_bytes for p in placements))} per device"
-        return text
+        ) + (f"; {local} per device" if placements else "")
 
 
 _HEADER = ("path", "shape", "projected", "side", "rank", "state", "why")
@@ -182,12 +181,9 @@ def describe(
     ]
     if params_sharding is not None and rows:
         shardings = shardings_per_leaf(params, params_sharding)
-        rows = [
-            dataclasses.replace(
-                row, sharding=_leaf_sharding(row, i, shardings, plans, own[i], spread)
-            )
-            for i, row in enumerate(rows)
-        ]
+        for i, row in enumerate(rows):
+            layout = _leaf_sharding(row, shardings[i], plans.get(i), shardings, own[i], spread)
+            rows[i] = dataclasses.replace(row, sharding=layout)
     adamw = abstract_state(optax.scale_by_adam(), leaves)
     return Description(
         tuple(rows),
@@ -201,38 +197,31 @@ def _row(
 ) -> LeafDescription:
     if plan is None:
         return LeafDescription(path, leaf.shape, False, "", 0, size, "not seen by a lens")
-    is_matrix = getattr(plan, "is_matrix", plan.is_projected)
     side = "" if plan.view is None else "input" if plan.view.projects_input else "output"
     return LeafDescription(
-        path, leaf.shape, plan.is_projected, side, plan.rank, size, plan.reason, is_matrix
+        path, leaf.shape, plan.is_projected, side, plan.rank, size, plan.reason, plan.is_matrix
     )
 
 
 def _leaf_sharding(
     row: LeafDescription,
-    number: int,
+    sharding: NamedSharding,
+    plan: LeafPlan | None,
     shardings: list[NamedSharding],
-    plans: dict[int, LeafPlan],
     arrays: list[StateArray],
     spread: bool,
 ) -> LeafSharding:
-    sharding = shardings[number]
-
-    def place(array: StateArray, spread: bool) -> NamedSharding:
-        wanted = NamedSharding(sharding.mesh, spec_of(array, shardings, spread=spread))
-        return sharding_that_divides(wanted, array.shape)
+    placed = {a: sharding_of(a, shardings, spread=spread) for a in arrays}
 
     def largest(roles: Sequence[str]) -> PartitionSpec | None:
         mine = [array for array in arrays if array.role in roles and array.shape]
-        if not mine:
-            return None
-        array = max(mine, key=lambda array: array.nbytes)
-        return full_spec(place(array, spread).spec, len(array.shape))
+        array = max(mine, key=lambda array: array.nbytes, default=None)
+        return None if array is None else full_spec(placed[array].spec, len(array.shape))
 
     who: dict[str, list[str]] = {}
     for array in arrays:
         wanted = [spec_of(array, shardings, spread=s) for s in (spread, True)]
-        got, most = place(array, spread), place(array, True)
+        got, most = placed[array], sharding_of(array, shardings, spread=True)
         for note in [*_undivided(array, wanted[0], got), *_idle(wanted, got == most)]:
             who.setdefault(note, []).append(array.name)
     notes = [f"{', '.join(dict.fromkeys(names))} {note}" for note, names in who.items()]
@@ -241,19 +230,19 @@ def _leaf_sharding(
         basis=largest([PROJECTORS]),
         moments=largest([MOMENTS, FULL_RANK, OTHER]),
         state_bytes=sum(
-            math.prod(place(array, spread).shard_shape(array.shape))
+            math.prod(placed[array].shard_shape(array.shape))
             * array.dtype.itemsize
             // len(array.shares)
             for array in arrays
             if array.shape  # no placeholders
         ),
-        notes=(*_notes_of_plan(sharding.spec, plans.get(number)), *notes),
+        notes=(*_notes_of_plan(sharding.spec, plan), *notes),
     )
 
 
 def _idle(wanted: list[PartitionSpec], is_best: bool) -> list[str]:
     """Mesh axes over which an array is replicated that `spread` would use."""
-    spec, most = ({name for entry in s for name in axis_names(entry)} for s in wanted[::1])
+    spec, most = ({name for entry in s for name in axis_names(entry)} for s in wanted)
     idle = sorted(most - spec)
     if not idle:
         return []
@@ -265,8 +254,8 @@ def _undivided(array: StateArray, wanted: PartitionSpec, got: NamedSharding) -> 
     """The axes that the mesh does not divide."""
     sizes, notes = dict(got.mesh.shape), []
     for axis, size in enumerate(array.shape):
-        want, have = entry_of(wanted, axis), entry_of(got.spec, axis)
-        lost = axis_names(want)[len(axis_names(have)) :]
+        want = entry_of(wanted, axis)
+        lost = axis_names(want)[len(axis_names(entry_of(got.spec, axis))) :]
         if lost:
             notes.append(
                 f"axis {axis} is replicated over {'+'.join(lost)}: {shards(want, sizes)} shards "
@@ -303,9 +292,9 @@ def _grouped(rows: Sequence[LeafDescription]) -> list[LeafDescription]:
 
 
 def _together(rows: list[LeafDescription]) -> LeafDescription:
-    if len(rows) == 1:
-        return rows[0]
     sharding, count = rows[0].sharding, len(rows)
+    if count == 1:
+        return rows[0]
     if sharding is not None:
         sharding = dataclasses.replace(sharding, state_bytes=count * sharding.state_bytes)
     return dataclasses.replace(

@@ -56,15 +56,7 @@ def matrix_keys(
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """Key of one leaf, from a JAX key (of any kind) that somebody else chose for the step.
-
-    Args:
-      key: A typed or a raw `jax.random` key.
-      path: "/"-joined path of the leaf.
-
-    Returns:
-      ``uint32[2]``.
-    """
+    """Key of the leaf of such a path, ``uint32[2]``, from a `jax.random` key of any kind."""
     return fold_in(jax.random.bits(key, (2,), jnp.uint32), zlib.crc32(path.encode()))
 
 
@@ -75,7 +67,7 @@ def fold_in(key: jax.Array, number: jax.Array | int) -> jax.Array:
 
 
 def rounding_noise(key: jax.Array, shape: tuple[int, ...], layer: jax.Array | int = 0) -> jax.Array:
-    """fp32 numbers in [0, 1), one per entry, for stochastic rounding.
+    """Multiples of 2⁻²⁴ in [0, 1), fp32, one per entry, for stochastic rounding.
 
     Entry i of a leading axis beyond the last two gets what ``fold_in(key, i)`` gives alone: a slice
     of a stack of layers is rounded as it is inside the stack.
@@ -84,9 +76,6 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...], layer: jax.Array | in
       key: ``uint32[2]``.
       shape: Shape of the result.
       layer: For a slice ``[1, ...]`` of one layer out of a stack, the number of the layer.
-
-    Returns:
-      An array of hashed counters, multiples of 2⁻²⁴.
     """
     first = jnp.asarray(layer, jnp.uint32)
     if len(shape) > 2:
@@ -104,9 +93,6 @@ def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike)
       key: ``uint32[2]``.
       shape: Shape of the result.
       dtype: Its floating dtype.
-
-    Returns:
-      An array of hashed counters.
     """
     return _bits(key, shape).astype(jnp.int32).astype(dtype) * 2.0**-31
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,21 @@ import optax
 
 class OneLeaf:
     """A pytree node that stands for one array: to a tree of parameters or gradients, a leaf."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array, where the node knows it."""
+        raise AttributeError("shape")
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of its entries."""
+        return math.prod(self.shape)
 
 
 def is_box(node: Any) -> bool:
@@ -110,22 +126,6 @@ class Leaves:
             treedef,
             [node if _is_masked(node) else _put(next(rest), node) for node in nodes],
         )
-
-
-def flatten_leaves(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves with their boxes taken off, and the structure without boxes."""
-    leaves = Leaves.of(tree)
-    return leaves.values, leaves.treedef
-
-
-def leaf_paths(tree: Any) -> list[str]:
-    """The "/"-joined path of every leaf, in flattening order."""
-    return Leaves.of(tree).paths
-
-
-def rebox(tree: Any, leaves: Sequence[Any]) -> Any:
-    """Puts `leaves` into the structure of `tree`, inside the boxes that `tree` has."""
-    return Leaves.of(tree).boxed(leaves)
 
 
 def unboxed(tree: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -155,7 +154,8 @@ def report(opt_state: Any, params: Any) -> Memory:
         )
     ]
     rows.append(LeafMemory(path=None, shape=(), **sizes[None]))
-    return Memory(leaves=tuple(rows), **_sum(rows))
+    totals = {name: sum(getattr(row, name) for row in rows) for name in _by_role(rows[-1])}
+    return Memory(leaves=tuple(rows), **totals)
 
 
 def tree_bytes(tree: Any) -> int:
@@ -166,13 +166,6 @@ def tree_bytes(tree: Any) -> int:
 
 def _by_role(memory: Roles) -> dict[str, int]:
     return {field.name: getattr(memory, field.name) for field in dataclasses.fields(Roles)}
-
-
-def _sum(rows: Sequence[Roles]) -> dict[str, int]:
-    total: collections.Counter[str] = collections.Counter()
-    for row in rows:
-        total.update(_by_role(row))
-    return dict(total)
 
 
 def _title(name: str) -> str:

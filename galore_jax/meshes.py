@@ -23,9 +23,6 @@ def with_auto_axes(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
       fn: A function of pytrees of arrays; the same object at every call, or it is compiled anew.
       *args: Its arguments.
       like: Tree of arrays like the result, which is sharded like them, or of their shardings.
-
-    Returns:
-      What ``fn(*args)`` returns.
     """
     mesh = _explicit_mesh(args)
     if mesh is None:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable
-from typing import Any
 
-# Functions that take each type apart and put it together again, until Flax has them.
-_NODES: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+# Types, and the names of their parts, until Flax has them.
+_NODES: dict[type, tuple[str, ...]] = {}
 
 
-def register(
-    cls: type,
-    to_dict: Callable[[Any], dict[str, Any]],
-    from_dict: Callable[[Any, dict[str, Any]], Any],
-) -> None:
-    """Makes a type known to Flax, as soon as Flax is there.
+def register(cls: type, *fields: str) -> None:
+    """Makes a dataclass known to Flax, as soon as Flax is there.
 
     Args:
       cls: The type of a pytree node.
-      to_dict: Node -> its parts by name.
-      from_dict: ``(node of the same kind, parts)`` -> node.
+      *fields: Names of its parts; Flax keeps the rest of the node that it restores into.
     """
-    _NODES[cls] = to_dict, from_dict
+    _NODES[cls] = fields
     tell_flax()
 
 
@@ -32,6 +26,11 @@ def tell_flax() -> None:
     flax = sys.modules.get("flax.serialization")
     if flax is None or not hasattr(flax, "register_serialization_state"):
         return
-    for cls, functions in _NODES.items():
-        flax.register_serialization_state(cls, *functions, override=True)
+    for cls, fields in _NODES.items():
+        flax.register_serialization_state(
+            cls,
+            lambda node, fields=fields: {name: getattr(node, name) for name in fields},
+            lambda node, parts: dataclasses.replace(node, **parts),
+            override=True,
+        )
     _NODES.clear()

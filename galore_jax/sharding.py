@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding
 
 from galore_jax.leaves import Leaves
 from galore_jax.quant import dequantize_params
 from galore_jax.transforms.lenses import abstract_state
-from galore_jax.transforms.state_tree import StateArray, spec_of, state_arrays
-from galore_jax.views.shardings import sharding_that_divides, shardings_per_leaf
+from galore_jax.transforms.state_tree import sharding_of, state_arrays
+from galore_jax.views.shardings import shardings_per_leaf
 
 
 def state_sharding(
@@ -70,13 +69,8 @@ def state_sharding(
     if not shardings:
         raise ValueError("there is no parameter to take a mesh from.")
     leaves = Leaves.of(params)
-    state = abstract_state(tx, leaves)
-
-    def of(array: StateArray) -> NamedSharding:
-        wanted = NamedSharding(shardings[0].mesh, spec_of(array, shardings, spread=spread))
-        return sharding_that_divides(wanted, array.shape)
-
-    return jax.tree.map(of, state_arrays(state, leaves))
+    arrays = state_arrays(abstract_state(tx, leaves), leaves)
+    return jax.tree.map(lambda array: sharding_of(array, shardings, spread=spread), arrays)
 
 
 def init_sharded(

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import galore_jax as gj
-from galore_jax.leaves import flatten_leaves, leaf_paths, rebox
+from galore_jax.leaves import Leaves
 from galore_jax.views import ProjectedGradient
 
 
@@ -26,10 +26,10 @@ def boxed():
 
 
 def test_linen_boxes_come_off_and_go_back_on():
-    leaves, treedef = flatten_leaves(boxed())
-    assert [leaf.shape for leaf in leaves] == [(6,), (8, 6), (8, 6)]
-    assert set(treedef.unflatten(leaves)) == {"w", "b", "plain"}
-    again = rebox(boxed(), [leaf + 1 for leaf in leaves])
+    leaves = Leaves.of(boxed())
+    assert [leaf.shape for leaf in leaves.values] == [(6,), (8, 6), (8, 6)]
+    assert set(leaves.tree(leaves.values)) == {"w", "b", "plain"}
+    again = leaves.boxed([leaf + 1 for leaf in leaves.values])
     assert isinstance(again["w"], nn.Partitioned) and again["w"].names == ("x", "y")
     assert isinstance(again["b"], nn.LogicallyPartitioned)
     np.testing.assert_array_equal(again["w"].value, np.full((8, 6), 2))
@@ -61,14 +61,14 @@ class Model(nnx.Module):
 
 def test_nnx_paths_have_no_value():
     state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
-    assert leaf_paths(state) == [
+    assert Leaves.of(state).paths == [
         "blocks/0/norm/bias", "blocks/0/norm/scale", "blocks/0/up/bias", "blocks/0/up/kernel",
         "blocks/1/norm/bias", "blocks/1/norm/scale", "blocks/1/up/bias", "blocks/1/up/kernel",
         "embed/embedding",
     ]  # fmt: skip
     tx = lens()
     projectors = tx.init(state).projectors
-    pairs = zip(leaf_paths(projectors), jax.tree.leaves(projectors), strict=True)
+    pairs = zip(Leaves.of(projectors).paths, jax.tree.leaves(projectors), strict=True)
     assert {path for path, basis in pairs if basis.ndim} == {
         "blocks/0/up/kernel",
         "blocks/1/up/kernel",
@@ -82,8 +82,8 @@ def test_paths_of_other_trees():
         pass
 
     tree = [{"a": jnp.zeros(())}, optax.TraceState(trace=(jnp.zeros(()), None, jnp.zeros(())))]
-    assert leaf_paths(tree) == ["0/a", "1/trace/0", "1/trace/2"]
-    assert leaf_paths(jnp.zeros(())) == [""]
+    assert Leaves.of(tree).paths == ["0/a", "1/trace/0", "1/trace/2"]
+    assert Leaves.of(jnp.zeros(())).paths == [""]
 
 
 def test_holes_stay_holes():
@@ -147,7 +147,7 @@ def test_abstract_parameters_give_the_concrete_structure():
 def test_a_projected_gradient_is_one_leaf_here_and_several_to_jax():
     value, basis = jnp.ones((8, 2)), jnp.eye(6, 2)
     leaf = ProjectedGradient(value, basis, jnp.asarray(True))
-    assert leaf_paths({"w": leaf}) == ["w"]
+    assert Leaves.of({"w": leaf}).paths == ["w"]
     assert len(jax.tree.leaves({"w": leaf})) == 4
     np.testing.assert_array_equal(leaf.basis, basis)
     assert leaf.moved and ProjectedGradient(value, basis).moved is None

@@ -36,6 +36,7 @@ TOP_LEVEL = {
     "q_galore_adamw8bit",
     "quant",
     "quantized_state",
+    "recovery",
     "refresh",
     "scale_by_adam8bit",
     "scale_by_factored_rms",
@@ -51,6 +52,7 @@ SEAMS = {
         "subspace_iteration",
         "svd",
     },
+    "recovery": {"drop"},
     "refresh": {"adaptive", "every", "staggered"},
     "transport": {"align", "keep", "register_moment", "reset", "rotate"},
     "quant": {

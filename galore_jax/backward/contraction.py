@@ -58,11 +58,7 @@ def matmul_contraction(x_ndim: int, w_ndim: int) -> Contraction:
 
 
 def einsum_contraction(subscripts: str, x_ndim: int, w_ndim: int) -> Contraction:
-    """Of `jax.numpy.einsum`; an ellipsis may stand for axes of x and of the result.
-
-    Raises:
-      ValueError: Not of the form ``"x,w->y"``, or with other numbers of axes.
-    """
+    """Of `jax.numpy.einsum`; an ellipsis may stand for axes of x and of the result."""
     try:
         operands, y = subscripts.replace(" ", "").split("->")
         x, w = operands.split(",")
@@ -125,9 +121,9 @@ class ProjectedContraction:
         precision = self.product.precision if precision is None else precision
         batch, kept, projected = map(self._names, ("batch", "kept", "projected"))
         near, far = (x, self.product.x), (dy, self.product.y)
-        if not self._on_x("projected"):
+        if projected[0] not in self.product.x:
             near, far = far, near
-        factor = basis.reshape(*self._sizes("batch"), *self._sizes("projected"), -1)
+        factor = self.view.unflatten(basis, self.view.projected)
         skinny = "".join(name for name in near[1] if name not in projected) + _RANK
         # Activations that all matrices of a batch share become different ones here.
         skinny = "".join(name for name in batch if name not in skinny) + skinny
@@ -184,20 +180,11 @@ class ProjectedContraction:
             rows = "".join(name for name in axes if name not in matrix)
             return rows, jnp.max(jnp.abs(array), axis=within)
 
-        (x_rows, x_sizes), (dy_rows, dy_sizes) = (
-            largest(x, self.product.x),
-            largest(dy, self.product.y),
-        )
-        return jnp.einsum(f"{x_rows},{dy_rows}->", x_sizes, dy_sizes, precision=HIGHEST)
-
-    def _on_x(self, side: str) -> bool:
-        return self._names(side)[0] in self.product.x
+        (x_rows, x), (dy_rows, dy) = largest(x, self.product.x), largest(dy, self.product.y)
+        return jnp.einsum(f"{x_rows},{dy_rows}->", x, dy, precision=HIGHEST)
 
     def _names(self, side: str) -> str:
         return "".join(self.product.w[axis] for axis in getattr(self.view, side))
-
-    def _sizes(self, side: str) -> tuple[int, ...]:
-        return tuple(self.view.shape[axis] for axis in getattr(self.view, side))
 
 
 def check_sizes(product: Contraction, x_shape: tuple[int, ...], plan: LeafPlan) -> None:
@@ -228,11 +215,8 @@ def projected_contraction(product: Contraction, plan: LeafPlan) -> ProjectedCont
     batch, *sides = (set(found._names(side)) for side in ("batch", "kept", "projected"))
     x, y = set(product.x), set(product.y)
     contracted, produced = x - y - batch, y - x - batch
-    fits = sides in (
-        [contracted & set(product.w), produced],
-        [produced, contracted & set(product.w)],
-    )
-    if not fits or not batch <= x | y:
+    contracted &= set(product.w)
+    if sides not in ([contracted, produced], [produced, contracted]) or not batch <= x | y:
         raise ValueError(
             f"leaf {plan.path!r} of shape {plan.shape} is a batch of matrices over the axes "
             f"{plan.view.kept} and {plan.view.projected}, but the product "

@@ -14,7 +14,7 @@ import optax
 from galore_jax import collectives
 from galore_jax.backward.slots import CotangentSlots, gradient_of, zero_slots
 from galore_jax.backward.weight import ProjectedWeight
-from galore_jax.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
+from galore_jax.leaves import Leaves, is_one_leaf
 from galore_jax.quant import DifferentiableWeight, QuantizedArray
 from galore_jax.quant.weight import Label
 from galore_jax.transforms import AccumulateState, LowRankState, subspace
@@ -176,9 +176,7 @@ class _Leaves:
     """
 
     def __init__(self, params: Any, opt_state: Any, lenses: list[LowRankState], layer: Any = 0):
-        self._params = params
-        self._leaves, _ = flatten_leaves(params)
-        self._paths = leaf_paths(params)
+        self._leaves = Leaves.of(params)
         self._axis_names: dict[int, collectives.AxisName] = {}
         self._spaces: dict[int, tuple[LowRankConfig, LeafSubspace]] = {}
         chosen = set(map(id, lenses))
@@ -191,17 +189,17 @@ class _Leaves:
 
     def slots(self) -> list[Any]:
         """Per leaf what is differentiated by: the leaf itself, if it is an ordinary array."""
-        return [self._slot(number, leaf) for number, leaf in enumerate(self._leaves)]
+        return [self._slot(number, leaf) for number, leaf in enumerate(self._leaves.values)]
 
     def attach(self, slots: list[Any]) -> Any:
         """The parameters as the model gets them."""
-        pairs = enumerate(zip(self._leaves, slots, strict=True))
-        return rebox(self._params, [self._attached(number, *pair) for number, pair in pairs])
+        pairs = enumerate(zip(self._leaves.values, slots, strict=True))
+        return self._leaves.boxed([self._attached(number, *pair) for number, pair in pairs])
 
     def collect(self, cotangents: list[Any]) -> Any:
         """The gradients, from the cotangents of the slots."""
         gradients = [gradient_of(c) if isinstance(c, CotangentSlots) else c for c in cotangents]
-        return rebox(self._params, gradients)
+        return self._leaves.boxed(gradients)
 
     def check_projectors(self) -> None:
         """Raises if a projector needs the gradient itself."""
@@ -225,16 +223,13 @@ class _Leaves:
 
     def _attached(self, number: int, leaf: Any, slot: Any) -> Any:
         if number not in self._spaces:
-            label = Label(self._paths[number])
+            label = Label(self._leaves.paths[number])
             return DifferentiableWeight(leaf, slot, label) if is_one_leaf(leaf) else slot
         config, space = self._spaces[number]
         return ProjectedWeight(
             weight=jax.lax.stop_gradient(leaf),
             slots=slot,
-            stored=space.stored,
-            due=space.due,
-            refreshes=space.refreshes,
-            key=space.key,
+            space=space._replace(plan=None),  # type: ignore[arg-type]  # static
             plan=space.plan,
             config=config,
         )

@@ -84,9 +84,6 @@ def cotangents_of(
       matrices: The gradient, by its products.
       project: ``basis -> R``.
       like: Arrays that the gradient is made of, to see over which mapped axes it varies.
-
-    Returns:
-      Cotangents of the slots.
     """
     names = {*collectives.names(config.axis_name), *collectives.varying_axes(like, slots.basis)}
     everywhere = dataclasses.replace(config, axis_name=tuple(sorted(names)) or None)

@@ -51,10 +51,7 @@ class ProjectedWeight(WrappedWeight):
     Args:
       weight: The array or the `quant.QuantizedArray`.
       slots: The arrays that are differentiated by.
-      stored: Stored form of the bases.
-      due: ``bool[*batch]``, which bases are recomputed in this backward pass.
-      refreshes: ``int32[*batch]``, how often they have been.
-      key: ``uint32[*batch, 2]``.
+      space: Its bases, without the plan.
       plan: Plan of the whole leaf.
       config: Of the lens.
 
@@ -70,10 +67,7 @@ class ProjectedWeight(WrappedWeight):
 
     weight: Any
     slots: CotangentSlots
-    stored: Any
-    due: jax.Array
-    refreshes: jax.Array
-    key: jax.Array
+    space: LeafSubspace
     plan: LeafPlan = dataclasses.field(metadata={"static": True})
     config: LowRankConfig = dataclasses.field(metadata={"static": True})
 
@@ -81,9 +75,8 @@ class ProjectedWeight(WrappedWeight):
     def path(self) -> str:
         return self.plan.path
 
-    @property
-    def subspace(self) -> LeafSubspace:
-        """Of the part of the leaf that is left where its leading axes have been indexed away."""
+    def _static(self, product: Contraction | None) -> _Static:
+        """With the plan of what is left where leading axes have been indexed away."""
         view = self.plan.view
         assert view is not None
         gone = len(view.shape) - self.ndim
@@ -97,11 +90,11 @@ class ProjectedWeight(WrappedWeight):
                 "its leading axes can be indexed, one entry at a time."
             )
         plan = dataclasses.replace(self.plan, shape=self.shape, view=here)
-        return LeafSubspace(plan, self.stored, self.due, self.refreshes, self.key)
+        return _Static(product, self.config, plan)
 
     def decoded(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The array, whose gradient is formed before it is projected."""
-        return _array(self._static(None), self.weight, self.slots, self._leaf).astype(dtype)
+        return _array(self._static(None), self.weight, self.slots, self.space).astype(dtype)
 
     def matmul(self, x: jax.Array) -> jax.Array:
         return product(matmul_contraction(jnp.ndim(x), self.ndim), x, self)
@@ -115,13 +108,6 @@ class ProjectedWeight(WrappedWeight):
                 f"leaf {self.plan.path!r} of shape {self.shape}: only leading batch axes of a "
                 "ProjectedWeight can be indexed."
             ) from error
-
-    def _static(self, product: Contraction | None) -> _Static:
-        return _Static(product, self.config, self.subspace.plan)
-
-    @property
-    def _leaf(self) -> LeafSubspace:
-        return self.subspace._replace(plan=None)  # type: ignore[arg-type]  # static
 
 
 def einsum(subscripts: str, x: jax.Array, w: Any) -> jax.Array:
@@ -160,7 +146,7 @@ def product(contraction: Contraction, x: jax.Array, w: ProjectedWeight) -> jax.A
     static = w._static(contraction)
     projected_contraction(contraction, static.plan)
     check_sizes(contraction, x.shape, static.plan)
-    return _product(static, x, w.weight, w.slots, w._leaf)
+    return _product(static, x, w.weight, w.slots, w.space)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,12 +155,6 @@ def _product(
 ) -> jax.Array:
     del slots, leaf
     return static.product(x, decoded(weight, x.dtype))
-
-
-def _product_fwd(
-    static: _Static, x: jax.Array, weight: Any, slots: CotangentSlots, leaf: LeafSubspace
-):
-    return _product(static, x, weight, slots, leaf), (x, weight, slots, leaf)
 
 
 def _product_bwd(static: _Static, residuals: Any, dy: jax.Array):
@@ -197,7 +177,7 @@ def _cotangents(static: _Static, residuals: Any, dy: jax.Array) -> tuple[jax.Arr
     return collectives.psum_unvarying(dx, x), cotangents
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_product.defvjp(lambda *args: (_product(*args), args[1:]), _product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,10 +186,6 @@ def _array(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspa
     return collectives.varying(
         decoded(weight, static.plan.dtype), collectives.varying_axes(slots.value, ())
     )
-
-
-def _array_fwd(static: _Static, weight: Any, slots: CotangentSlots, leaf: LeafSubspace):
-    return _array(static, weight, slots, leaf), (slots, leaf)
 
 
 def _array_bwd(static: _Static, residuals: Any, gradient: jax.Array):
@@ -233,4 +209,4 @@ def _cotangents_of_array(static: _Static, residuals: Any, gradient: jax.Array) -
     )
 
 
-_array.defvjp(_array_fwd, _array_bwd)
+_array.defvjp(lambda *args: (_array(*args), args[2:]), _array_bwd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.leaves import flatten_leaves
+from galore_jax.leaves import Leaves
 from galore_jax.views import ProjectedGradient
 
 
@@ -95,14 +96,18 @@ def scaled(gradients: Any, factor: jax.Array) -> Any:
 
 def square_sum(gradients: Any) -> jax.Array:
     """The square of their global norm; of projected gradients, that of the values."""
-    leaves, _ = flatten_leaves(gradients)
-    values = [
+    dtype = norm_dtype(gradients)
+    squares = [_square_sum(value.astype(dtype)) for value in values_of(gradients)]
+    return sum(squares, start=jnp.zeros((), dtype))
+
+
+def values_of(gradients: Any) -> list[jax.Array]:
+    """The arrays that a norm is taken of."""
+    return [
         leaf.value if isinstance(leaf, ProjectedGradient) else leaf
-        for leaf in leaves
+        for leaf in Leaves.of(gradients).values
         if not isinstance(leaf, optax.MaskedNode)
     ]
-    dtype = norm_dtype(gradients)
-    return sum(map(_square_sum, (v.astype(dtype) for v in values)), start=jnp.zeros((), dtype))
 
 
 def _square_sum(x: jax.Array) -> jax.Array:
@@ -114,16 +119,14 @@ def _square_sum(x: jax.Array) -> jax.Array:
 
 def squares_of(gradients: Any, numbers: Collection[int]) -> dict[int, jax.Array]:
     """The squares of the norms of some of the leaves, by their numbers."""
-    leaves, _ = flatten_leaves(gradients)
+    leaves = Leaves.of(gradients).values
     return {number: square_sum(leaves[number]) for number in numbers}
 
 
 def norm_dtype(tree: Any) -> Any:
     """The dtype to take a norm in: fp32, or wider if an array is."""
-    wide = jnp.dtype(jnp.float32)
-    for leaf in flatten_leaves(tree)[0]:
-        wide = jnp.promote_types(wide, getattr(leaf, "dtype", wide))
-    return wide
+    dtypes = (getattr(leaf, "dtype", jnp.float32) for leaf in Leaves.of(tree).values)
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def check_max_norm(name: str, max_norm: Any) -> None:

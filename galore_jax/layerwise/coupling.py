@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from galore_jax.layerwise.slices import Layer, LayerAxes, check_unchanged, parts, paths_of
-from galore_jax.leaves import Leaves, abstract, flatten_leaves, leaf_paths, unboxed
+from galore_jax.leaves import Leaves, unboxed
 from galore_jax.transforms import AccumulateState, LowRankState
 from galore_jax.transforms.lenses import low_rank_states
 from galore_jax.transforms.state_tree import lens_on, likes_of
@@ -62,12 +62,13 @@ def dependence(jaxpr: core.Jaxpr, inputs: Sequence[Numbers]) -> list[Numbers]:
       contain one that says so.
     """
     known: dict[Any, Numbers] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atoms: Iterable[Any]) -> list[Numbers]:
+        return [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in atoms]
+
     for eqn in jaxpr.eqns:
-        results = _results(
-            eqn, [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in eqn.invars]
-        )
-        known.update(zip(eqn.outvars, results, strict=True))
-    return [known.get(x, _NONE) if isinstance(x, core.Var) else _NONE for x in jaxpr.outvars]
+        known.update(zip(eqn.outvars, _results(eqn, read(eqn.invars)), strict=True))
+    return read(jaxpr.outvars)
 
 
 def _results(eqn: Any, operands: list[Numbers]) -> list[Numbers]:
@@ -115,10 +116,9 @@ def reads_of(
     """
     updates, state = traced.out_info
     check_unchanged(here.opt_state, state)
-    leaves, treedef = flatten_leaves(here.params)
-    changes = treedef.flatten_up_to(unboxed(updates))
-    paths = leaf_paths(here.params)
-    _check_shapes(paths, leaves, changes)
+    leaves = Leaves.of(here.params)
+    paths, changes = leaves.paths, leaves.split(unboxed(updates))
+    _check_shapes(leaves, changes)
     _check_layer_is_used(here, inside, traced.jaxpr.jaxpr)
 
     dates = _dates(state)
@@ -136,7 +136,7 @@ def reads_of(
         [
             frozenset([_LAYER]),
             frozenset([_NORM]),
-            *(frozenset([n]) for n, g in enumerate(flatten_leaves(gradients)[0]) for _ in parts(g)),
+            *(frozenset([n]) for n, g in enumerate(Leaves.of(gradients).values) for _ in parts(g)),
             *(frozenset([n]) if own else _NONE for n, own in others),
         ],
     )
@@ -183,33 +183,32 @@ def _listed(names: list[str]) -> str:
 def _dates(state: Any) -> list[bool]:
     """Per array of a state, whether it says that a basis is to be refreshed, or has been."""
 
-    def mark(node: Any) -> Any:
-        marked = jax.tree.map(lambda _: False, node)
-        if isinstance(node, LowRankState):
-            due = jax.tree.map(lambda _: True, node.refresh_state.due)
-            return marked._replace(refresh_state=marked.refresh_state._replace(due=due))
-        if isinstance(node, AccumulateState):
-            moved = jax.tree.map(lambda _: True, node.moved)
-            return marked._replace(moved=moved, opt_state=marks(node.opt_state))
-        return marked
-
-    def marks(tree: Any) -> Any:
-        known = (LowRankState, AccumulateState)
+    def marked(tree: Any) -> Any:
         return jax.tree.map(mark, tree, is_leaf=lambda node: isinstance(node, known))
 
-    return jax.tree.leaves(marks(state))
+    def mark(node: Any) -> Any:
+        marks = jax.tree.map(lambda _: False, node)
+        if isinstance(node, LowRankState):
+            due = jax.tree.map(lambda _: True, node.refresh_state.due)
+            return marks._replace(refresh_state=marks.refresh_state._replace(due=due))
+        if isinstance(node, AccumulateState):
+            moved = jax.tree.map(lambda _: True, node.moved)
+            return marks._replace(moved=moved, opt_state=marked(node.opt_state))
+        return marks
+
+    known = (LowRankState, AccumulateState)
+    return jax.tree.leaves(marked(state))
 
 
-def _check_shapes(paths: list[str], params: list[Any], updates: list[Any]) -> None:
+def _check_shapes(params: Leaves, updates: list[Any]) -> None:
     """Raises if an update has grown: by an array for all layers, in the transformation itself."""
-    for path, param, update in zip(paths, params, updates, strict=True):
-        expected = abstract(param).shape
-        if parts(update) and jnp.shape(update) != expected:
+    for path, like, update in zip(params.paths, params.shapes, updates, strict=True):
+        if parts(update) and jnp.shape(update) != like.shape:
             raise ValueError(
                 f"the update of {path!r} has shape {jnp.shape(update)} where its parameter has "
-                f"{expected}: the transformation holds an array for all layers, but gets one layer "
-                "at a time. Keep the array in its state, or pick its entry by the extra argument "
-                "`layer` of update."
+                f"{like.shape}: the transformation holds an array for all layers, but gets one "
+                "layer at a time. Keep the array in its state, or pick its entry by the extra "
+                "argument `layer` of update."
             )
 
 

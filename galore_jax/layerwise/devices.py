@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import collectives
-from galore_jax.layerwise.clipping import square_sum
+from galore_jax.layerwise.clipping import square_sum, values_of
 from galore_jax.layerwise.slices import Layer
-from galore_jax.leaves import flatten_leaves, rebox
+from galore_jax.leaves import Leaves
 from galore_jax.transforms.lenses import projection_leaves
-from galore_jax.views import ProjectedGradient
 
 
 class Devices(NamedTuple):
@@ -33,20 +32,22 @@ class Devices(NamedTuple):
 
     def reported(self, results: Any) -> Any:
         """Floating results averaged. Of counts the mean might be meant, or the sum: they stay."""
-        return jax.tree.map(lambda x: self.mean(x) if _is_floating(x) else x, results)
+        return jax.tree.map(
+            lambda x: self.mean(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x,
+            results,
+        )
 
     def square_sum(self, gradients: Any) -> jax.Array:
         """The square of the norm of their mean, which takes them to all devices at full size."""
-        leaves, _ = flatten_leaves(gradients)
-        values = [leaf.value if isinstance(leaf, ProjectedGradient) else leaf for leaf in leaves]
-        return square_sum(jax.tree.map(self.mean, values))
+        return square_sum(list(map(self.mean, values_of(gradients))))
 
     def left_over(self, gradients: Any) -> Any:
         """Gradients, averaged over devices if no lens will reduce them; the others stay local."""
         if not self.axes:
             return gradients
-        leaves = enumerate(flatten_leaves(gradients)[0])
-        return rebox(gradients, [x if n in self.reduced else self.mean(x) for n, x in leaves])
+        leaves = Leaves.of(gradients)
+        pairs = enumerate(leaves.values)
+        return leaves.boxed([x if n in self.reduced else self.mean(x) for n, x in pairs])
 
     def local(self, pullback: Callable[..., Any]) -> Callable[..., Any]:
         """A pullback whose gradients stay local: JAX does not take parameters for equal."""
@@ -68,7 +69,3 @@ def devices_of(whole: Layer) -> Devices:
         tuple(sorted({name for names, _ in mapped_over for name in names})),
         frozenset(number for names, numbers in mapped_over if names for number in numbers),
     )
-
-
-def _is_floating(x: jax.Array) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

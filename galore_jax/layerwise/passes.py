@@ -45,7 +45,7 @@ class Model(NamedTuple):
         return self.embed(self.outer(params), batch)
 
     def apply_block(self, params: Any, x: Any) -> Any:
-        return self.block(jax.tree.map(_only, params[self.blocks]), x)
+        return self.block(jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), params[self.blocks]), x)
 
     def apply_head(self, params: Any, x: Any, batch: Any) -> tuple[Any, Any]:
         result = self.head(self.outer(params), x, batch)
@@ -162,7 +162,3 @@ def _no_cotangent(x: jax.Array) -> Any:
     if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         return jnp.zeros_like(x)
     return np.zeros(jnp.shape(x), jax.dtypes.float0)
-
-
-def _only(x: jax.Array) -> jax.Array:
-    return jnp.squeeze(x, 0)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.checks import quietly
-from galore_jax.leaves import abstract, flatten_leaves, is_one_leaf, leaf_paths, rebox
+from galore_jax.leaves import Leaves, abstract, is_one_leaf
 from galore_jax.quant import QuantizedArray
 
 
@@ -93,7 +93,8 @@ def layer_axes(
     """
     params, opt_state = whole
     layers = num_layers(params, blocks)
-    _check_floating(params)
+    leaves = Leaves.of(params)
+    _check_floating(leaves)
     with quietly():
         here = jax.eval_shape(tx.init, _at_depth(params, blocks, layers))
         there, change = jax.eval_shape(tx.init, _at_depth(params, blocks, layers + 1)), 1
@@ -107,8 +108,8 @@ def layer_axes(
             f"into layers:\n{jax.tree.structure(here)}\n{jax.tree.structure(there)}"
         )
     check_unchanged(here, opt_state)
-    leaves, _ = flatten_leaves(params)
-    axes = [0 if own else None for own, x in zip(inside, leaves, strict=True) for _ in parts(x)]
+    pairs = zip(inside, leaves.values, strict=True)
+    axes = [0 if own else None for own, x in pairs for _ in parts(x)]
     grown = [
         _grown(name, one.shape, other.shape, layers, layers + change)
         for name, one, other in zip(paths_of(here), parts(here), parts(there), strict=True)
@@ -131,15 +132,12 @@ def _check_parts(state: Any, axes: list[int | None]) -> None:
 
 
 def block_leaves(params: Any, blocks: str) -> list[bool]:
-    """Per leaf of the parameters, whether it is one of the stacked ones.
-
-    Raises:
-      ValueError: There are no stacked leaves of equal length under that name.
-    """
+    """Per leaf of the parameters, whether it is one of the stacked ones."""
     num_layers(params, blocks)
-    numbers = rebox(params, list(range(len(leaf_paths(params)))))
-    inside = frozenset(flatten_leaves(numbers[blocks])[0])
-    return [number in inside for number in flatten_leaves(numbers)[0]]
+    leaves = Leaves.of(params)
+    numbers = range(len(leaves.values))
+    inside = frozenset(jax.tree.leaves(leaves.tree(numbers)[blocks]))
+    return [number in inside for number in numbers]
 
 
 def num_layers(params: Any, blocks: str) -> int:
@@ -154,26 +152,25 @@ def num_layers(params: Any, blocks: str) -> int:
             f"the parameters must be a dict with the stacked layers under {blocks!r}, got {seen}. "
             "Name the entry that holds them with blocks=."
         )
-    leaves, _ = flatten_leaves(params[blocks])
-    named = list(zip(leaf_paths({blocks: params[blocks]}), leaves, strict=True))
-    if not named:
+    leaves = Leaves.of({blocks: params[blocks]})
+    if not leaves.values:
         raise ValueError(f"there are no parameters under {blocks!r}.")
-    for path, leaf in named:
-        shape = abstract(leaf).shape
+    for path, leaf, like in zip(leaves.paths, leaves.values, leaves.shapes, strict=True):
+        shape = like.shape
         if not shape:
             raise ValueError(f"leaf {path!r} is a scalar: it lacks the leading layer axis.")
-        first = abstract(named[0][1]).shape[0]
+        first = leaves.shapes[0].shape[0]
         if shape[0] != first:
             raise ValueError(
-                f"leaf {path!r} of shape {shape} has {shape[0]} layers, but {named[0][0]!r} has "
-                f"{first}. All leaves under {blocks!r} are stacked along their first axis."
+                f"leaf {path!r} of shape {shape} has {shape[0]} layers, but {leaves.paths[0]!r} "
+                f"has {first}. All leaves under {blocks!r} are stacked along their first axis."
             )
         if isinstance(leaf, QuantizedArray) and leaf.ndim + leaf.axis == 0:
             raise ValueError(
                 f"leaf {path!r} of shape {shape} is stored in blocks that run along the layer "
                 "axis. Store it in blocks along another axis, or leave it in floating point."
             )
-    return abstract(named[0][1]).shape[0]
+    return leaves.shapes[0].shape[0]
 
 
 def check_unchanged(old: Any, new: Any) -> None:
@@ -202,14 +199,13 @@ def paths_of(tree: Any) -> list[str]:
 parts = jax.tree.leaves
 
 
-def _check_floating(params: Any) -> None:
-    leaves, _ = flatten_leaves(params)
-    for path, leaf in zip(leaf_paths(params), leaves, strict=True):
-        dtype = abstract(leaf).dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
+def _check_floating(params: Leaves) -> None:
+    for path, like in zip(params.paths, params.shapes, strict=True):
+        if not jnp.issubdtype(like.dtype, jnp.floating):
             raise TypeError(
-                f"leaf {path!r} has dtype {dtype}: only real floating parameters have gradients. "
-                "Keep it out of the parameters, in the batch or in the functions of the model."
+                f"leaf {path!r} has dtype {like.dtype}: only real floating parameters have "
+                "gradients. Keep it out of the parameters, in the batch or in the functions of the "
+                "model."
             )
 
 

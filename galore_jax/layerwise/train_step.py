@@ -159,7 +159,7 @@ def train_step(
     if clip_norm is not None:
         check_max_norm("clip_norm", clip_norm)
     tx = optax.with_extra_args_support(tx)
-    is_finite = jnp.isfinite if skip_nonfinite else _always
+    is_finite = jnp.isfinite if skip_nonfinite else functools.partial(jnp.ones_like, dtype=bool)
     find_clip = _no_clip if clip_norm is None else functools.partial(_exact_clip, clip_norm)
 
     def step(
@@ -226,7 +226,8 @@ def train_step(
 
         outside = frozenset(n for n, own in enumerate(inside) if not own)
         squares |= devices.reported(squares_of(gradients, outside - soon.numbers))
-        norm = clip.norm_or(jnp.sqrt(sum(squares.values(), start=carry.squares)))
+        norm = jnp.sqrt(sum(squares.values(), start=carry.squares))
+        norm = norm if clip.norm is None else clip.norm
         final = layer_of(carry, at_first[0])
         late = update(final, gradients, finite(squares), at_first[0], norm.astype(jnp.float32))
         params, opt_state = axes.joined(soon.merge(early, late), carry.stacked)
@@ -249,9 +250,6 @@ class _Clip(NamedTuple):
 
     factor: jax.Array
     norm: jax.Array | None = None
-
-    def norm_or(self, other: jax.Array) -> jax.Array:
-        return other if self.norm is None else self.norm
 
 
 _LayerAt = Callable[[jax.Array], Layer]
@@ -277,7 +275,3 @@ def _exact_clip(
     )
     norm = jnp.sqrt(squares + devices.square_sum(model.outer(outer)))
     return _Clip(jnp.where(jnp.isfinite(norm), clip_factor(norm, max_norm), jnp.nan), norm)
-
-
-def _always(x: jax.Array) -> jax.Array:
-    return jnp.ones_like(x, bool)

@@ -13,7 +13,7 @@ import optax
 from galore_jax.layerwise.coupling import Numbers, Reads, dependence
 from galore_jax.layerwise.passes import Forward, Model, barrier
 from galore_jax.layerwise.slices import Layer, parts
-from galore_jax.leaves import flatten_leaves, leaf_paths, rebox
+from galore_jax.leaves import Leaves
 from galore_jax.transforms import AccumulateState, apply_updates
 from galore_jax.views import ProjectedGradient
 
@@ -34,12 +34,7 @@ def nonfinite_of(opt_state: Any) -> Nonfinite:
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _WINDOWS))
     windows = any(isinstance(node, _WINDOWS) for node in nodes)
-    return zero_nonfinite if windows else pass_through
-
-
-def pass_through(gradients: Any, finite: Finite) -> tuple[Any, Finite]:
-    """Gradients as they are."""
-    return gradients, finite
+    return zero_nonfinite if windows else lambda gradients, finite: (gradients, finite)
 
 
 def zero_nonfinite(gradients: Any, finite: Finite) -> tuple[Any, Finite]:
@@ -49,8 +44,9 @@ def zero_nonfinite(gradients: Any, finite: Finite) -> tuple[Any, Finite]:
         fine = finite(frozenset([number]))
         return jax.tree.map(lambda x: jnp.where(fine, x, jnp.zeros((), x.dtype)), leaf)
 
-    leaves = enumerate(flatten_leaves(gradients)[0])
-    return rebox(gradients, [zeroed(*pair) for pair in leaves]), lambda _: finite(frozenset())
+    leaves = Leaves.of(gradients)
+    values = [zeroed(*pair) for pair in enumerate(leaves.values)]
+    return leaves.boxed(values), lambda _: finite(frozenset())
 
 
 def updated(
@@ -82,10 +78,12 @@ def updated(
     updates, opt_state = update(layer, norm, gradients, here.opt_state, here.params)
     new = apply_updates(here.params, updates, key=key, layer=layer)
     # Chosen among parameters: zeros in the place of an update would take the memory of one.
-    leaves = zip(reads.updates, flatten_leaves(new)[0], flatten_leaves(here.params)[0], strict=True)
+    leaves = Leaves.of(here.params)
     params = [
         jax.tree.map(functools.partial(jnp.where, finite(numbers)), after, before)
-        for numbers, after, before in leaves
+        for numbers, after, before in zip(
+            reads.updates, Leaves.of(new).values, leaves.values, strict=True
+        )
     ]
     old, treedef = jax.tree.flatten(here.opt_state)
 
@@ -95,7 +93,7 @@ def updated(
         return jnp.where(finite(numbers), after, before)
 
     state = list(map(kept, reads.state, reads.dates, parts(opt_state), old))
-    return Layer(rebox(here.params, params), jax.tree.unflatten(treedef, state))
+    return Layer(leaves.boxed(params), jax.tree.unflatten(treedef, state))
 
 
 class EarlyUpdate(NamedTuple):
@@ -118,13 +116,10 @@ class EarlyUpdate(NamedTuple):
         """
         treedef: Any
         leaves, treedef = jax.tree.flatten(early)
-        known = [x for x, is_early in zip(leaves, self.arrays, strict=True) if is_early]
-        known, cotangent = barrier((known, cotangent))
+        pairs = list(zip(leaves, self.arrays, strict=True))
+        known, cotangent = barrier(([x for x, is_early in pairs if is_early], cotangent))
         given = iter(known)
-        joined = [
-            next(given) if is_early else x for x, is_early in zip(leaves, self.arrays, strict=True)
-        ]
-        return treedef.unflatten(joined), cotangent
+        return treedef.unflatten(next(given) if e else x for x, e in pairs), cotangent
 
     def merge(self, early: Layer, late: Layer) -> Layer:
         """The arrays of two updates, each from where all its gradients were there."""
@@ -150,12 +145,12 @@ def early_update(
       ValueError: A projected leaf has a part in both, each of which would find a basis for it.
     """
     by_embed = _read_by(lambda params: model.apply_embed(params, batch), here.params)
-    gradients, _ = flatten_leaves(passed.outer)
+    gradients, leaves = Leaves.of(passed.outer).values, Leaves.of(here.params)
     if twice := [n for n in by_embed if isinstance(gradients[n], ProjectedGradient)]:
         head = functools.partial(model.apply_head, batch=batch)
         for n in _read_by(head, here.params, passed.cotangent).intersection(twice):
             raise ValueError(
-                f"leaf {leaf_paths(here.params)[n]!r} is projected, and read by `embed` and by "
+                f"leaf {leaves.paths[n]!r} is projected, and read by `embed` and by "
                 "`head`, each of which would find a basis of its own. Keep it out of `targets`, or "
                 "form all gradients with pullback=lambda fn, params, state, *x, layer=0: "
                 "galore_jax.backward.pullback(fn, params, (), *x)."
@@ -165,17 +160,15 @@ def early_update(
     def is_early(read: Numbers) -> bool:
         return bool(read) and read <= numbers
 
-    leaves, _ = flatten_leaves(here.params)
-    params = [
-        is_early(read) for read, x in zip(reads.updates, leaves, strict=True) for _ in parts(x)
-    ]
+    pairs = zip(reads.updates, leaves.values, strict=True)
+    params = [is_early(read) for read, x in pairs for _ in parts(x)]
     return EarlyUpdate(numbers, [*params, *map(is_early, reads.state)])
 
 
 def _read_by(fn: Callable[..., Any], params: Any, *others: Any) -> Numbers:
     """The numbers of the leaves that the results of a function depend on."""
-    leaves, _ = flatten_leaves(params)
-    numbers = [frozenset([n]) for n, leaf in enumerate(leaves) for _ in parts(leaf)]
+    leaves = enumerate(Leaves.of(params).values)
+    numbers = [frozenset([n]) for n, leaf in leaves for _ in parts(leaf)]
     jaxpr = jax.make_jaxpr(fn)(params, *others).jaxpr
     none = [frozenset[int]()] * len(parts(others))
     return frozenset[int]().union(*dependence(jaxpr, [*numbers, *none]))

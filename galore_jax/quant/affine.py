@@ -72,22 +72,23 @@ def positions(split: jax.Array, grid: Grid, axis: int) -> jax.Array:
     return split * (1 / scale) + zero.astype(jnp.float32)
 
 
-def nearest(position: jax.Array, bits: int) -> jax.Array:
-    """Codes by rounding to nearest, half to even."""
-    return _codes(jnp.round(position), bits)
+def rounded(position: jax.Array, bits: int, noise: jax.Array | None) -> jax.Array:
+    """Codes by rounding to nearest, half to even; with `noise`, uniform in [0, 1), stochastically.
 
-
-def stochastic(position: jax.Array, bits: int, noise: jax.Array) -> jax.Array:
-    """Codes by rounding up with the probability of the fraction; `noise` uniform in [0, 1)."""
-    below = jnp.floor(position)
-    # Not floor(position + noise): that sum would be rounded, and move what lies on a code.
-    return _codes(below + (noise < position - below).astype(jnp.float32), bits)
+    Stochastic rounding goes up with the probability of the fraction.
+    """
+    values = jnp.round(position)
+    if noise is not None:
+        # Not floor(position + noise): that sum would be rounded, and move what lies on a code.
+        values = jnp.floor(position)
+        values += (noise < position - values).astype(jnp.float32)
+    return jnp.clip(values, 0, _top(bits)).astype(jnp.uint8)
 
 
 def with_ends(
     codes: jax.Array, split: jax.Array, bounds: Range, grid: Grid, bits: int, axis: int
 ) -> jax.Array:
-    """`nearest` codes with the outermost codes at the ends of the block's own range.
+    """Codes rounded to nearest, with the outermost codes at the ends of the block's own range.
 
     Rounding errors could take them away in a tie. So the range of the decoded block is that of the
     grid, and quantizing again changes nothing.
@@ -107,10 +108,6 @@ def decode(codes: jax.Array, grid: Grid, block: int, axis: int) -> jax.Array:
 
 def _top(bits: int) -> int:
     return 2**bits - 1
-
-
-def _codes(values: jax.Array, bits: int) -> jax.Array:
-    return jnp.clip(values, 0, _top(bits)).astype(jnp.uint8)
 
 
 def _rounded(scale: jax.Array) -> jax.Array:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.checks import check_count
 from galore_jax.keys import leaf_key, rounding_noise
 from galore_jax.meshes import with_auto_axes
 from galore_jax.quant import affine, blocks, packing
@@ -70,14 +70,6 @@ class QuantizedArray(Weight):
         return tuple(shape)
 
     @property
-    def ndim(self) -> int:
-        return len(self.codes.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
@@ -110,11 +102,7 @@ class QuantizedArray(Weight):
         )
 
 
-register(
-    QuantizedArray,
-    lambda x: {name: getattr(x, name) for name in ("codes", "scales", "zeros")},
-    lambda x, parts: dataclasses.replace(x, **parts),
-)
+register(QuantizedArray, "codes", "scales", "zeros")
 
 
 def quantize(
@@ -165,17 +153,18 @@ def quantize(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024 (https://arxiv.org/abs/2407.08296); the range is made to contain zero here.
     """
-    _check(x, bits, block, axis)
+    check_format(bits, block)
+    _check(x, axis)
     split = blocks.split(x.astype(jnp.float32), block, axis)
     bounds = affine.block_range(split, axis)
     grid = affine.fit(bounds, bits, stochastic=key is not None)
     position = affine.positions(split, grid, axis)
-    if key is None:
-        codes = affine.nearest(position, bits)
-        codes = affine.with_ends(codes, split, bounds, grid, bits, axis)
-    else:
+    noise = None
+    if key is not None:
         noise = blocks.split(rounding_noise(leaf_key(key, ""), x.shape), block, axis)
-        codes = affine.stochastic(position, bits, noise)
+    codes = affine.rounded(position, bits, noise)
+    if noise is None:
+        codes = affine.with_ends(codes, split, bounds, grid, bits, axis)
     size = x.shape[axis]
     packed = packing.pack(blocks.join(codes, size, axis), bits, axis)
     return QuantizedArray(packed, *grid, size, bits, block, jnp.dtype(x.dtype), axis)
@@ -219,15 +208,11 @@ def add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> Quanti
       x: What is stored.
       update: Of its shape.
       noise: `keys.rounding_noise` of its shape; None rounds to nearest.
-
-    Returns:
-      The sum, stored like `x`.
     """
     return with_auto_axes(_add, x, update, noise, like=x)
 
 
 def _add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> QuantizedArray:
-
     def per_entry(per_block: jax.Array) -> jax.Array:
         return blocks.spread(per_block, x.length, x.block, x.axis)
 
@@ -247,16 +232,11 @@ def _add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> Quant
         codes.astype(jnp.float32) + update * inverse,  # exact where nothing changes
         (before + update) * inverse + per_entry(grid.zero).astype(jnp.float32),
     )
-    if noise is None:
-        new = affine.nearest(position, x.bits)
-    else:
-        new = affine.stochastic(position, x.bits, noise)
-    packed = packing.pack(new, x.bits, x.axis)
+    packed = packing.pack(affine.rounded(position, x.bits, noise), x.bits, x.axis)
     return dataclasses.replace(x, codes=packed, scales=grid.scale, zeros=grid.zero)
 
 
-def _check(x: Any, bits: int, block: int, axis: int) -> None:
-    check_format(bits, block)
+def _check(x: Any, axis: int) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"only real floating arrays are quantized, got {x.dtype}.")
     if axis not in (-1, -2):
@@ -269,4 +249,4 @@ def check_format(bits: int, block: int) -> None:
     """Raises unless the codes have 8 or 4 bits and the block at least one entry."""
     if bits not in (4, 8):
         raise ValueError(f"`bits` is 8 or 4, got {bits!r}.")
-    blocks.check_block(block)
+    check_count("block", block)

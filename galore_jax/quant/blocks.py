@@ -38,11 +38,3 @@ def spread(per_block: jax.Array, size: int, block: int, axis: int) -> jax.Array:
     """``[..., n_blocks, ...] -> [..., size, ...]``: every entry gets the number of its block."""
     wide = jnp.repeat(per_block, min(block, size), axis)
     return jax.lax.slice_in_dim(wide, 0, size, axis=wide.ndim + axis)
-
-
-def check_block(block: object) -> None:
-    """Raises unless `block` is a positive integer."""
-    if isinstance(block, bool) or not isinstance(block, int):
-        raise TypeError(f"`block` is an integer number of entries, got {block!r}.")
-    if block < 1:
-        raise ValueError(f"`block` is at least one entry, got {block}.")

@@ -99,10 +99,6 @@ def _product(x: jax.Array, weight: QuantizedArray, probe: jax.Array) -> jax.Arra
     return jnp.matmul(x, dequantize(weight).astype(x.dtype))
 
 
-def _product_fwd(x: jax.Array, weight: QuantizedArray, probe: jax.Array):
-    return _product(x, weight, probe), (x, weight)
-
-
 def _product_bwd(residuals: tuple[jax.Array, QuantizedArray], dy: jax.Array):
     x, weight = residuals
     _, pull = jax.vjp(jnp.matmul, x, dequantize(weight).astype(x.dtype))
@@ -110,7 +106,7 @@ def _product_bwd(residuals: tuple[jax.Array, QuantizedArray], dy: jax.Array):
     return dx, None, dw.astype(weight.dtype)
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_product.defvjp(lambda *args: (_product(*args), args[:2]), _product_bwd)
 
 
 @jax.custom_vjp

@@ -10,10 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-
-def packed_size(size: int, bits: int) -> int:
-    """Bytes for `size` codes."""
-    return size if bits == 8 else -(-size // 2)
+from galore_jax.quant import blocks
 
 
 def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
@@ -34,8 +31,5 @@ def unpack(packed: jax.Array, size: int, bits: int, axis: int) -> jax.Array:
     """Inverse of `pack`, for `size` codes along `axis`."""
     if bits == 8:
         return packed
-    where = packed.ndim + axis + 1
-    pairs = jnp.stack([packed & 15, packed >> 4], axis=where)
-    shape = list(packed.shape)
-    shape[axis] *= 2
-    return jax.lax.slice_in_dim(pairs.reshape(shape), 0, size, axis=packed.ndim + axis)
+    pairs = jnp.stack([packed & 15, packed >> 4], axis=packed.ndim + axis + 1)
+    return blocks.join(pairs, size, axis)

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.leaves import abstract, flatten_leaves, leaf_paths, rebox
+from galore_jax.leaves import Leaves, abstract
 from galore_jax.meshes import with_auto_axes
 from galore_jax.quant.array import QuantizedArray, check_format, dequantize, quantize
 from galore_jax.views.shardings import sharded_parts, shardings_per_leaf
-from galore_jax.views.targets import Targets, check_targets, is_target
+from galore_jax.views.targets import Targets, is_target, targets_rule
 
 
 def quantize_params(
@@ -48,7 +48,7 @@ def quantize_params(
       QuantizedArray(shape=(64, 256), bits=8, block=256, dtype=float32)
     """
     check_format(bits, block)
-    check_targets(targets)
+    targets_rule(targets)
 
     def quantize_leaf(name: str, leaf: Any) -> Any:
         shape = abstract(leaf).shape
@@ -63,8 +63,8 @@ def quantize_params(
             )
         return _quantize_in_place(dequantize(leaf), bits, block)
 
-    leaves, _ = flatten_leaves(params)
-    return rebox(params, list(map(quantize_leaf, leaf_paths(params), leaves)))
+    leaves = Leaves.of(params)
+    return leaves.boxed(list(map(quantize_leaf, leaves.paths, leaves.values)))
 
 
 def dequantize_params(params: Any) -> Any:
@@ -118,14 +118,12 @@ def params_sharding(params: Any, params_sharding: Any) -> Any:
       >>> quantized["up"].codes.sharding.spec
       P('fsdp',)
     """
-    shardings = shardings_per_leaf(params, params_sharding)
-    leaves, _ = flatten_leaves(params)
-    return rebox(
-        params,
+    leaves, shardings = Leaves.of(params), shardings_per_leaf(params, params_sharding)
+    return leaves.boxed(
         [
             sharded_parts(leaf, sharding) if isinstance(leaf, QuantizedArray) else sharding
-            for leaf, sharding in zip(leaves, shardings, strict=True)
-        ],
+            for leaf, sharding in zip(leaves.values, shardings, strict=True)
+        ]
     )
 
 

@@ -10,7 +10,6 @@ fp32 moments than with the dynamic maps of bitsandbytes (`benchmarks/moment_accu
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -60,20 +59,8 @@ class PowerArray(OneLeaf):
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
-    @property
-    def ndim(self) -> int:
-        return len(self.codes.shape)
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-register(
-    PowerArray,
-    lambda x: {name: getattr(x, name) for name in ("codes", "scales")},
-    lambda x, parts: dataclasses.replace(x, **parts),
-)
+register(PowerArray, "codes", "scales")
 
 
 def encode(x: jax.Array, *, signed: bool, block: int = 256, axis: int = -1) -> PowerArray:
@@ -107,11 +94,6 @@ def encode(x: jax.Array, *, signed: bool, block: int = 256, axis: int = -1) -> P
     codes = jnp.clip(codes, 0, 2 * top if signed else top).astype(jnp.uint8)
     codes = blocks.join(codes, x.shape[axis], axis)
     return PowerArray(codes, scale, signed, block, axis, x.dtype)
-
-
-def block_axis(shape: tuple[int, ...]) -> int:
-    """The axis of the longest blocks: the longer one of the last two axes, or else the last."""
-    return -2 if len(shape) > 1 and shape[-2] > shape[-1] else -1
 
 
 def encode_like(x: jax.Array, like: PowerArray) -> PowerArray:

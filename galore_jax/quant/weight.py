@@ -13,7 +13,7 @@ from galore_jax.leaves import OneLeaf
 class Weight(OneLeaf):
     """A node that stands for a matrix, or a batch of matrices, and knows its product.
 
-    Subclasses have the `shape`, `ndim` and `dtype` of the array that they stand for.
+    Subclasses have the `shape` and `dtype` of the array that they stand for.
     """
 
     def decoded(self, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -82,10 +82,6 @@ class WrappedWeight(Weight):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
 
     @property
     def dtype(self) -> Any:

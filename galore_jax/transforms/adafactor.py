@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.checks import is_quiet
-from galore_jax.leaves import flatten_leaves, has_masks
+from galore_jax.leaves import Leaves, has_masks
 from galore_jax.transforms.factored_rms import scale_by_factored_rms
 from galore_jax.transforms.low_rank import low_rank_projection
 from galore_jax.views import ProjectedGradient, leaf_plan
@@ -42,9 +42,6 @@ def low_rank_adafactor(
     """Adafactor's direction: two lenses, of which one projects and one only sets the state dtype.
 
     Args: those of `galore_jax.galore_adafactor` and `low_rank_projection`.
-
-    Returns:
-      A gradient transformation.
     """
     ema = optax.identity() if momentum is None else optax.ema(momentum, debias=False)
     full = optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=epsilon)
@@ -82,15 +79,13 @@ def _is_projected(rules: Rules) -> Callable[[Any], Any]:
     """Labels for `optax.partition`: True for the leaves that `rules` project."""
 
     def labels(tree: Any) -> Any:
-        leaves, treedef = flatten_leaves(tree)
+        leaves = Leaves.of(tree)
         # A gradient that is already projected has no shape to plan with; no rule looks at the axes
         # of an empty leaf.
         empty = jax.ShapeDtypeStruct((0,), jnp.float32)
-        done = [isinstance(leaf, ProjectedGradient) for leaf in leaves]
-        shapes = [empty if d else leaf for d, leaf in zip(done, leaves, strict=True)]
-        plans = leaf_plan(rules, treedef.unflatten(shapes))
-        return treedef.unflatten(
-            d or plan.is_projected for d, plan in zip(done, plans, strict=True)
-        )
+        done = [isinstance(leaf, ProjectedGradient) for leaf in leaves.values]
+        shapes = [empty if d else leaf for d, leaf in zip(done, leaves.values, strict=True)]
+        plans = leaf_plan(rules, leaves.tree(shapes))
+        return leaves.tree([d or plan.is_projected for d, plan in zip(done, plans, strict=True)])
 
     return labels

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from galore_jax.keys import leaf_key, rounding_noise
-from galore_jax.leaves import flatten_leaves, leaf_paths, rebox, unboxed
+from galore_jax.leaves import Leaves, unboxed
 from galore_jax.quant.array import QuantizedArray, add
 
 
@@ -56,14 +56,9 @@ def apply_updates(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024, section 3.4 (https://arxiv.org/abs/2407.08296).
     """
-
-    leaves, treedef = flatten_leaves(params)
-    changes = treedef.flatten_up_to(unboxed(updates))
-    new = [
-        _apply(path, leaf, change, key, layer)
-        for path, leaf, change in zip(leaf_paths(params), leaves, changes, strict=True)
-    ]
-    return rebox(params, new)
+    leaves = Leaves.of(params)
+    rows = zip(leaves.paths, leaves.values, leaves.split(unboxed(updates)), strict=True)
+    return leaves.boxed([_apply(*row, key, layer) for row in rows])
 
 
 def _apply(
@@ -72,7 +67,10 @@ def _apply(
     if update is None or isinstance(update, optax.MaskedNode):
         return param
     if isinstance(param, QuantizedArray):
-        _check_shape(path, param, update)
+        if update.shape != param.shape:
+            raise ValueError(
+                f"leaf {path!r}: the parameter has shape {param.shape}, its update {update.shape}."
+            )
         noise = None if key is None else rounding_noise(leaf_key(key, path), param.shape, layer)
         return add(param, update, noise)
     if key is not None and jnp.result_type(param) == jnp.bfloat16:
@@ -94,10 +92,3 @@ def stochastic_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
     carried = word + (noise * np.float32(2.0**16)).astype(jnp.uint32)
     rounded = jax.lax.bitcast_convert_type(carried & np.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
-
-
-def _check_shape(name: str, param: QuantizedArray, update: Any) -> None:
-    if update.shape != param.shape:
-        raise ValueError(
-            f"leaf {name!r}: the parameter has shape {param.shape}, its update {update.shape}."
-        )

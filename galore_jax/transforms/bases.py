@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_jax import collectives
 from galore_jax.leaves import Leaves
 from galore_jax.projectors import working_dtype
 from galore_jax.refresh import Observation
@@ -110,10 +111,16 @@ def refresh(lens: Lens, state: LowRankState, grads: Leaves, layer: Layer) -> Bas
 
 # Compiled once for a lens and its shapes, also where `update` runs outside of a jitted step: the
 # closures of a conditional made anew at every call would be compiled anew.
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _refresh(lens: Lens, step: _Step) -> Bases:
-    no_share = {name: jnp.zeros(due.shape, jnp.float32) for name, due in step.due.items()}
-    unmoved = {name: jnp.zeros(due.shape, bool) for name, due in step.due.items()}
+    # Both branches of a conditional have to vary over the same mapped axes.
+    axes = collectives.varying_axes((step.gradients, step.stored), ())
+
+    def zeros(dtype: Any) -> dict[str, jax.Array]:
+        names = step.due.items()
+        return {k: collectives.varying(jnp.zeros(due.shape, dtype), axes) for k, due in names}
+
+    no_share, unmoved = zeros(jnp.float32), zeros(bool)
     still = Bases(step.stored, unmoved, no_share, no_share, {}, step.inner_state)
     arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
 

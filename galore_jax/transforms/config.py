@@ -16,25 +16,21 @@ from galore_jax.projectors import Projector, randomized_svd
 from galore_jax.recovery import Recovery, drop
 from galore_jax.refresh import RefreshPolicy, as_policy
 from galore_jax.transport import Transport, align
-from galore_jax.views.axes import AxesRule, axes_rule
+from galore_jax.views.axes import axes_rule
 from galore_jax.views.matrix_view import Side, check_side
-from galore_jax.views.plan import RankLike, rank_rule
+from galore_jax.views.plan import RankLike, Rules, rank_rule
 from galore_jax.views.targets import Targets, targets_rule
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class LowRankConfig:
+class LowRankConfig(Rules):
     """Everything static about a lens; knows no parameters, holds nothing that may be traced.
 
     The fields are the arguments of `low_rank_projection`. Two lenses of equal construction have
     equal configs, callables included: `galore_jax.rules` compares those by what they run.
     """
 
-    rank: RankLike
-    side: Side
-    axes: AxesRule
-    targets: Targets
     projector: Projector
     refresh: RefreshPolicy
     transport: Transport
@@ -46,7 +42,7 @@ class LowRankConfig:
 
 
 # Flax keeps the config of the state that it restores into.
-serialization.register(LowRankConfig, lambda config: {}, lambda config, parts: config)
+serialization.register(LowRankConfig)
 
 
 def low_rank_config(

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.leaves import flatten_leaves, is_one_leaf, leaf_paths, rebox
+from galore_jax.checks import check_count
+from galore_jax.leaves import Leaves, is_one_leaf
 from galore_jax.meshes import preserve_sharding
-from galore_jax.quant import blocks, dequantize, power
+from galore_jax.quant import dequantize, power
 from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.streaming import piece_of, streamed
 from galore_jax.transport.moments import (
@@ -67,14 +68,15 @@ def quantized_state(
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021
       (https://arxiv.org/abs/2110.02861).
     """
-    blocks.check_block(block)
+    check_count("block", block)
     inner = optax.with_extra_args_support(inner)
 
     def encode(x: jax.Array, signed: bool) -> Any:
         small = x.ndim == 0 or x.size < max(min_size, 1)
         if small or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return power.encode(x, signed=signed, block=block, axis=power.block_axis(x.shape))
+        along_rows = x.ndim == 1 or x.shape[-2] <= x.shape[-1]  # the longer one of the last two
+        return power.encode(x, signed=signed, block=block, axis=-1 if along_rows else -2)
 
     def encode_leaf(leaf: int, moments: Moments) -> Moments:
         del leaf
@@ -84,14 +86,14 @@ def quantized_state(
         )
 
     def init_fn(params: optax.Params) -> Any:
-        leaves, treedef = flatten_leaves(params)
-        state = inner.init(treedef.unflatten(map(_wide, leaves)))
-        if not leaves:
+        leaves = Leaves.of(params)
+        state = inner.init(leaves.tree(list(map(_wide, leaves.values))))
+        if not leaves.values:
             # optax.tree_map_params asks with such a tree which fields are like parameters, and
             # codes are not.
             return without_moments(state)
         _check_inner(state)
-        return map_moments(state, treedef, encode_leaf)
+        return map_moments(state, leaves.treedef, encode_leaf)
 
     def step(gradients: Any, state: Any, params: Any, extra_args: Any) -> tuple[Any, Any]:
         """`inner.update` on a state as it is stored."""
@@ -106,26 +108,27 @@ def quantized_state(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        gradients, treedef = flatten_leaves(updates)
+        leaves = Leaves.of(updates)
+        gradients = list(leaves.values)
         if not gradients:
             return updates, state
-        _check_blocks(state, treedef, leaf_paths(updates), block)
-        weights = None if params is None else flatten_leaves(params)[0]
+        _check_blocks(state, leaves, block)
+        weights = None if params is None else Leaves.of(params).values
         fields = elementwise_fields(state) if all(map(_is_scalar, extra_args.values())) else ()
         stacks = [i for i, x in enumerate(gradients) if fields and piece_of(jnp.shape(x))]
         if not stacks:
-            whole = weights and treedef.unflatten(weights)
-            directions, state = step(treedef.unflatten(gradients), state, whole, extra_args)
-            return rebox(updates, treedef.flatten_up_to(directions)), state
+            whole = weights and leaves.tree(weights)
+            directions, state = step(leaves.tree(gradients), state, whole, extra_args)
+            return leaves.boxed(leaves.split(directions)), state
 
-        columns = {name: treedef.flatten_up_to(getattr(state, name)) for name in fields}
+        columns = {name: leaves.split(getattr(state, name)) for name in fields}
 
-        def update_leaves(run: Any, leaves: list[int]) -> Any:
+        def update_leaves(run: Any, some: list[int]) -> Any:
             """Updates some leaves in place; returns their new state."""
-            part = state._replace(**{name: [xs[i] for i in leaves] for name, xs in columns.items()})
-            own = weights and [weights[i] for i in leaves]
-            directions, new = run([gradients[i] for i in leaves], part, own, extra_args)
-            for place, leaf in enumerate(leaves):
+            part = state._replace(**{name: [xs[i] for i in some] for name, xs in columns.items()})
+            own = weights and [weights[i] for i in some]
+            directions, new = run([gradients[i] for i in some], part, own, extra_args)
+            for place, leaf in enumerate(some):
                 gradients[leaf] = directions[place]
                 for name, column in columns.items():
                     column[leaf] = getattr(new, name)[place]
@@ -135,8 +138,8 @@ def quantized_state(
         new = update_leaves(step, [i for i in range(len(gradients)) if i not in stacks])
         for stack in stacks:
             update_leaves(step_in_pieces, [stack])
-        moments = {name: treedef.unflatten(column) for name, column in columns.items()}
-        return rebox(updates, gradients), new._replace(**moments)
+        moments = {name: leaves.tree(column) for name, column in columns.items()}
+        return leaves.boxed(gradients), new._replace(**moments)
 
     return optax.GradientTransformationExtraArgs(
         init_fn, preserve_sharding(update_fn, updates_like)
@@ -192,18 +195,18 @@ def _is_scalar(x: Any) -> bool:
     return isinstance(x, int | float | jax.Array) and jnp.ndim(x) == 0
 
 
-def _check_blocks(state: Any, treedef: Any, paths: list[str], block: int) -> None:
+def _check_blocks(state: Any, leaves: Leaves, block: int) -> None:
     def check(leaf: int, moments: Moments) -> Moments:
         for x in (*moments.first.values(), *moments.second.values()):
             if isinstance(x, power.PowerArray) and x.block != block:
                 raise ValueError(
-                    f"leaf {paths[leaf]!r}: its moments are stored in blocks of {x.block}, but "
-                    f"this transformation has blocks of {block}. Restore with the old value or "
+                    f"leaf {leaves.paths[leaf]!r}: its moments are stored in blocks of {x.block}, "
+                    f"but this transformation has blocks of {block}. Restore with the old value or "
                     "init anew."
                 )
         return moments
 
-    map_moments(state, treedef, check)
+    map_moments(state, leaves.treedef, check)
 
 
 def _check_inner(state: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from galore_jax.leaves import Leaves, is_box, is_one_leaf
 from galore_jax.transforms.lens import Lens
 from galore_jax.transforms.state import AccumulateState, LowRankState
+from galore_jax.views import LeafPlan
+from galore_jax.views.shardings import sharding_that_divides
 from galore_jax.views.specs import flattened, joined
 
 # Roles; fields of `memory.Memory`.
@@ -35,16 +37,16 @@ class Like:
     """An array that is expected in the place of a parameter.
 
     Args:
-      owner: Number of the parameter.
+      owner: Number of the parameter; None for what belongs to no single one.
       shape: Shape of the array.
       dtype: Its dtype.
       axes: For each of its axes those of the parameter that it is made of.
-      role: What it is for.
+      role: What it is for, one of the roles above.
       kept: Its kept axis, if it is of low rank.
       spare: Axes of the parameter that it lacks, whose mesh axes the kept one may take as well.
     """
 
-    owner: int
+    owner: Any
     shape: tuple[int, ...]
     dtype: Any
     axes: tuple[Axes, ...]
@@ -58,29 +60,15 @@ class Like:
 
 
 @dataclasses.dataclass(frozen=True)
-class StateArray:
+class StateArray(Like):
     """One array of a state.
 
     Args:
-      owner: Number of the parameter that it belongs to; None for what belongs to no single one.
-      role: What it is for, one of the roles above.
-      axes: For each of its axes those of the parameter that it is made of.
       name: What a person calls it: ``mu``, ``projectors.codes``.
-      shape: Its shape.
-      dtype: Its dtype.
-      kept: See `Like`.
-      spare: See `Like`.
       shared_by: Numbers of the parameters that have equal shares in it, if there are several.
     """
 
-    owner: int | None
-    role: str
-    axes: tuple[Axes, ...]
-    name: str
-    shape: tuple[int, ...]
-    dtype: Any
-    kept: int = 0
-    spare: Axes = ()
+    name: str = ""
     shared_by: tuple[int, ...] = ()
 
     @property
@@ -147,14 +135,11 @@ def lens_on(state: LowRankState, likes: Any) -> tuple[Lens, list[Like]]:
 
 
 def state_arrays(state: Any, leaves: Leaves) -> Any:
-    """Every array of a state.
+    """A tree like a state, or its shapes, with a `StateArray` in the place of each array.
 
     Args:
       state: State of any transformation, or its shapes.
       leaves: Its parameters, or their shapes.
-
-    Returns:
-      A tree like `state` with a `StateArray` in the place of each array.
     """
     return _any(state, likes_of(leaves), "")
 
@@ -176,6 +161,14 @@ def spec_of(array: StateArray, shardings: list[NamedSharding], *, spread: bool) 
     return PartitionSpec(*entries)
 
 
+def sharding_of(
+    array: StateArray, shardings: list[NamedSharding], *, spread: bool
+) -> NamedSharding:
+    """Sharding of one array of a state over those mesh axes that divide its own; see `spec_of`."""
+    wanted = NamedSharding(shardings[0].mesh, spec_of(array, shardings, spread=spread))
+    return sharding_that_divides(wanted, array.shape)
+
+
 def _any(node: Any, likes: Any, name: str) -> Any:
     if isinstance(node, LowRankState):
         return _lens(node, likes)
@@ -189,33 +182,22 @@ def _any(node: Any, likes: Any, name: str) -> Any:
     )
     if len(children) == 1 and children[0][1] is node:
         return _of_nobody(node, name, OTHER)
-    names = (_name_of(key, name) for (key,), _ in children)
     return jax.tree.unflatten(
-        treedef, [_any(child, likes, own) for own, (_, child) in zip(names, children, strict=True)]
+        treedef, [_any(child, likes, _name_of(key, name)) for (key,), child in children]
     )
 
 
 def _lens(state: LowRankState, likes: Any) -> LowRankState:
     lens, owners = lens_on(state, likes)
-    low_rank = list(map(_low_rank, lens.plans, owners))
-    flags = state.refresh_state
-    by_leaf = lens.treedef.flatten_up_to
+    low_rank, bases = zip(*map(_factors, lens.plans, owners), strict=True) if owners else ((), ())
+    flags, stored = state.refresh_state, lens.treedef.flatten_up_to(state.projectors)
+    memories = zip(low_rank, owners, lens.memory_of(state.recovery_state), strict=True)
     return state._replace(
         count=_of_nobody(state.count, "count", OTHER),
-        projectors=lens.treedef.unflatten(
-            map(_stored, map(_basis, lens.plans, owners), by_leaf(state.projectors))
-        ),
+        projectors=lens.treedef.unflatten(map(_stored, bases, stored)),
         refresh_state=type(flags)(*(_by_kind(field, lens, low_rank) for field in flags)),
         inner_state=_any(state.inner_state, lens.treedef.unflatten(low_rank), ""),
-        recovery_state=lens.memories(
-            list(
-                map(
-                    _recovered,
-                    zip(low_rank, owners, strict=True),
-                    lens.memory_of(state.recovery_state),
-                )
-            )
-        ),
+        recovery_state=lens.memories([_recovered(*memory) for memory in memories]),
     )
 
 
@@ -224,19 +206,17 @@ def _window(window: AccumulateState, likes: Any) -> AccumulateState:
     owners, _, treedef = matched(likes, window.sums)
     sums = {like.owner: like for like in owners}
     bases = {like.owner: _replace(like, shape=(), axes=()) for like in owners}
-    for node in jax.tree.leaves(
-        window.opt_state, is_leaf=lambda node: isinstance(node, LowRankState)
-    ):
-        if isinstance(node, LowRankState):
+    for node in jax.tree.leaves(window.opt_state, is_leaf=_is_lens):
+        if _is_lens(node):
             lens, own = lens_on(node, likes)
             for plan, like in zip(lens.plans, own, strict=True):
-                sums[like.owner], bases[like.owner] = _low_rank(plan, like), _basis(plan, like)
-    ordered = [like.owner for like in owners]
+                sums[like.owner], bases[like.owner] = _factors(plan, like)
 
     def each(tree: Any, like_of: dict[int, Like], name: str) -> Any:
-        parts = zip(ordered, treedef.flatten_up_to(tree), strict=True)
-        own = [_stored(_replace(like_of[i], role=OTHER), part, name) for i, part in parts]
-        return treedef.unflatten(own)
+        parts = zip((like.owner for like in owners), treedef.flatten_up_to(tree), strict=True)
+        return treedef.unflatten(
+            [_stored(_replace(like_of[i], role=OTHER), part, name) for i, part in parts]
+        )
 
     return window._replace(
         mini_step=_of_nobody(window.mini_step, "mini_step", OTHER),
@@ -250,31 +230,24 @@ def _window(window: AccumulateState, likes: Any) -> AccumulateState:
 _replace = dataclasses.replace
 
 
-def _low_rank(plan: Any, like: Like) -> Like:
-    """R of a leaf; the leaf itself where it is not projected."""
-    if plan.view is None:
-        return like
-    batch = tuple(like.made_of((axis,)) for axis in plan.view.batch)
-    return Like(
-        like.owner,
-        plan.view.low_rank_shape(plan.rank),
-        like.dtype,
-        (*batch, like.made_of(plan.view.kept), ()),
-        MOMENTS,
-        kept=len(batch),
-        spare=like.made_of(plan.view.projected),
-    )
+def _is_lens(node: Any) -> bool:
+    return isinstance(node, LowRankState)
 
 
-def _basis(plan: Any, like: Like) -> Like:
-    """Stored basis of a leaf; a scalar where it is not projected."""
-    if plan.view is None:
-        return Like(like.owner, (), like.dtype, (), PROJECTORS)
-    batch = tuple(like.made_of((axis,)) for axis in plan.view.batch)
-    axes = (*batch, like.made_of(plan.view.projected), ())
-    return Like(
-        like.owner, plan.view.basis_shape(plan.rank), like.dtype, axes, PROJECTORS, kept=len(batch)
-    )
+def _factors(plan: LeafPlan, like: Like) -> tuple[Like, Like]:
+    """R and the stored basis of a leaf; itself and a scalar where it is not projected."""
+    view, rank = plan.view, plan.rank
+    if view is None:
+        return like, Like(like.owner, (), like.dtype, (), PROJECTORS)
+    batch = tuple(like.made_of((axis,)) for axis in view.batch)
+    kept, projected = like.made_of(view.kept), like.made_of(view.projected)
+    low_rank = _replace(
+        like, shape=view.low_rank_shape(rank), axes=(*batch, kept, ()), role=MOMENTS,
+        kept=len(batch), spare=projected,
+    )  # fmt: skip
+    axes = (*batch, projected, ())
+    basis = Like(like.owner, view.basis_shape(rank), like.dtype, axes, PROJECTORS, len(batch))
+    return low_rank, basis
 
 
 def _like_parameters(node: Any, likes: Any, name: str) -> Any | None:
@@ -289,43 +262,35 @@ def _like_parameters(node: Any, likes: Any, name: str) -> Any | None:
     is_nameless = type(node) in (tuple, list) or parts[0] is node
     if is_nameless and not any(_restricted(*pair) for pair in pairs):
         return None  # a few counts, say: they look like parameters by chance
-    return treedef.unflatten(
-        _part(like, part, name) for like, part in zip(owners, parts, strict=True)
-    )
+    found = zip(owners, parts, strict=True)
+    return treedef.unflatten(_arrays(like, part, name, ()) for like, part in found)
 
 
 def _stands_for_an_array(node: Any) -> bool:
     return is_one_leaf(node) or is_box(node) or node is None or jax.tree_util.all_leaves([node])
 
 
-def _part(like: Like, node: Any, name: str) -> Any:
-    """The arrays in the place of one leaf, each with all or some of its axes."""
+def _arrays(like: Like, node: Any, name: str, otherwise: tuple[Axes, ...]) -> Any:
+    """The arrays in the place of one leaf: with some of the axes of `like`, or with others."""
 
     def of(part: Any) -> Any:
-        axes = _restricted(like, part.shape)
-        # The parts of a stored array have its axes.
-        return _each_array(
-            part, lambda x, field: _array(like, x, axes, ".".join(filter(None, (name, field))))
-        )
+        axes = _restricted(like, part.shape) or otherwise  # those of all parts of a stored array
+        parts, treedef = jax.tree_util.tree_flatten_with_path(part)
+        fields = (jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in parts)
+        names = [".".join(filter(None, (name, field))) for field in fields]
+        pairs = zip(names, parts, strict=True)
+        return jax.tree.unflatten(treedef, [_array(like, x, axes, n) for n, (_, x) in pairs])
 
     return jax.tree.map(of, node, is_leaf=is_one_leaf)
 
 
 def _stored(like: Like, node: Any, name: str = PROJECTORS) -> Any:
     """The arrays that a codec, a recovery or a policy keeps of one leaf, batch axes leading."""
-
-    def of(part: Any) -> Any:
-        axes = _restricted(like, part.shape) or like.axes[: like.kept]
-        return _each_array(
-            part, lambda x, field: _array(like, x, axes, ".".join(filter(None, (name, field))))
-        )
-
-    return jax.tree.map(of, node, is_leaf=is_one_leaf)
+    return _arrays(like, node, name, like.axes[: like.kept])
 
 
-def _recovered(likes: tuple[Like, Like], node: Any) -> Any:
+def _recovered(low_rank: Like, full: Like, node: Any) -> Any:
     """Memory of a recovery, of low rank or at full size."""
-    low_rank, full = likes
     return jax.tree.map(
         lambda x: _stored(full if x.shape == full.shape else low_rank, x, "recovery"), node
     )
@@ -354,21 +319,13 @@ def _by_kind(field: Any, lens: Lens, low_rank: Sequence[Like]) -> Any:
 
 def _array(like: Like, x: Any, axes: tuple[Axes, ...], name: str) -> StateArray:
     axes = (*axes, *[()] * (len(x.shape) - len(axes)))
-    low_rank = axes[: len(like.axes)] == like.axes
-    spare = like.spare if low_rank else ()
-    return StateArray(like.owner, like.role, axes, name, x.shape, x.dtype, like.kept, spare)
+    spare = like.spare if axes[: len(like.axes)] == like.axes else ()
+    return StateArray(like.owner, x.shape, x.dtype, axes, like.role, like.kept, spare, name)
 
 
 def _of_nobody(x: Any, name: str, role: str) -> Any:
     shape = jnp.shape(x)
-    return StateArray(None, role, ((),) * len(shape), name, shape, jnp.result_type(x))
-
-
-def _each_array(node: Any, fn: Callable[[Any, str], StateArray]) -> Any:
-    """`fn` of every array of a stored leaf and the name of its field."""
-    parts, treedef = jax.tree_util.tree_flatten_with_path(node)
-    named = [(jax.tree_util.keystr(key, simple=True, separator="."), x) for key, x in parts]
-    return jax.tree.unflatten(treedef, [fn(x, field) for field, x in named])
+    return StateArray(None, shape, jnp.result_type(x), ((),) * len(shape), role, name=name)
 
 
 def _restricted(like: Like, shape: tuple[int, ...]) -> tuple[Axes, ...]:

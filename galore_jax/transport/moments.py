@@ -117,9 +117,6 @@ def map_moments(state: Any, treedef: Any, fn: Callable[[int, Moments], Moments])
       treedef: Structure of the parameters.
       fn: Maps (leaf number, its moments) to new moments.
 
-    Returns:
-      The state with its moments replaced; everything else as it was.
-
     Raises:
       TypeError: Moments do not have the structure of the parameters.
     """
@@ -178,11 +175,7 @@ def elementwise_fields(state: Any) -> tuple[str, ...]:
 
 
 def check_known(state: Any, treedef: Any) -> None:
-    """Raises if `state` keeps arrays outside its registered moments.
-
-    Raises:
-      TypeError: There is an array, other than a scalar, whose meaning nobody registered.
-    """
+    """Raises if `state` keeps arrays, other than scalars, outside its registered moments."""
     map_moments(state, treedef, lambda leaf, moments: moments)
     unknown = _other_arrays(state)
     if unknown:

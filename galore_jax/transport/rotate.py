@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -40,8 +41,10 @@ class _CarriesMoments(Transport, abc.ABC):
         return map_moments(inner_state, treedef, carry_leaf)
 
     def _carry_stored(self, moments: Moments, change: BasisChange) -> Moments:
-        wide = decoded(moments)
-        return encoded_like(_where_moved(change, self._carry(wide, change), wide), moments)
+        wide, moved = decoded(moments), change.moved[..., None, None]
+        carried = self._carry(wide, change)
+        new = _mapped(lambda new, old: jnp.where(moved, new, old), carried, wide)
+        return encoded_like(new, moments)
 
     @abc.abstractmethod
     def _carry(self, moments: Moments, change: BasisChange) -> Moments:
@@ -137,7 +140,8 @@ class rotate(_CarriesMoments):
         wide = _widened(moments)
         first = {name: _right_product(m, turn) for name, m in wide.first.items()}
         second = {name: self._carry_second(v, wide, turn) for name, v in wide.second.items()}
-        return _as_wide_as(moments, moments._replace(first=first, second=second))
+        new = moments._replace(first=first, second=second)
+        return _mapped(lambda x, like: x.astype(like.dtype), new, moments)
 
     def _carry_second(self, v: jax.Array, moments: Moments, turn: jax.Array) -> jax.Array:
         m = next(iter(moments.first.values()), jnp.zeros_like(v))
@@ -160,33 +164,20 @@ def _bias(decay: float, count: jax.Array | None, dtype: jax.typing.DTypeLike) ->
 def _widened(moments: Moments) -> Moments:
     """At least fp32: in 16 bits a decay of 0.999 is one."""
 
-    def widen(fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        narrow = {k: jnp.finfo(x.dtype).bits < 32 for k, x in fields.items()}
-        return {k: x.astype(jnp.float32) if narrow[k] else x for k, x in fields.items()}
+    def wide(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
-    return moments._replace(first=widen(moments.first), second=widen(moments.second))
+    return _mapped(wide, moments)
 
 
-def _as_wide_as(likes: Moments, moments: Moments) -> Moments:
-    """In the dtypes that `likes` has."""
-
-    def cast(fields: dict[str, jax.Array], like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {k: x.astype(like[k].dtype) for k, x in fields.items()}
-
-    return moments._replace(
-        first=cast(moments.first, likes.first), second=cast(moments.second, likes.second)
+def _mapped(fn: Callable[..., jax.Array], moments: Moments, *others: Moments) -> Moments:
+    """`fn` of all moments of one leaf; the count stays."""
+    first, second = (
+        jax.tree.map(fn, *(fields[i] for fields in (moments, *others))) for i in range(2)
     )
+    return moments._replace(first=first, second=second)
 
 
 def _right_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x·matrixᵀ on the last axes, in x's dtype."""
     return jnp.einsum("...kr,...sr->...ks", x, matrix.astype(x.dtype), precision=HIGHEST)
-
-
-def _where_moved(change: BasisChange, new: Moments, old: Moments) -> Moments:
-    moved = change.moved[..., None, None]
-
-    def select(new_fields: dict[str, jax.Array], old_fields: dict[str, jax.Array]):
-        return {name: jnp.where(moved, new_fields[name], old_fields[name]) for name in old_fields}
-
-    return Moments(select(new.first, old.first), select(new.second, old.second), old.count)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from galore_jax.leaves import leaf_paths
+from galore_jax.leaves import Leaves
 from galore_jax.rules import Rule
 from galore_jax.views.targets import check_regex
 
@@ -136,6 +136,6 @@ def axes_per_leaf(tree: AxesTree, params: Any) -> list[tuple[MatrixAxes | None, 
         ) from None
     entries: list[tuple[MatrixAxes | None, bool]] = []
     for axes, subtree in zip(tree.leaves, subtrees, strict=True):
-        paths = leaf_paths(subtree)
+        paths = Leaves.of(subtree).paths
         entries += [(axes, paths == [""])] * len(paths)
     return entries

@@ -72,16 +72,7 @@ class MatrixView:
     @functools.cached_property
     def unbatched(self) -> MatrixView:
         """The view of one `entry`."""
-        if not self.batch:
-            return self
-        remaining = sorted(self.kept + self.projected)
-        return MatrixView(
-            shape=self._sizes(tuple(remaining)),
-            batch=(),
-            kept=tuple(remaining.index(axis) for axis in self.kept),
-            projected=tuple(remaining.index(axis) for axis in self.projected),
-            projects_input=self.projects_input,
-        )
+        return self._without(self.batch)
 
     def inside(self, axes: int) -> MatrixView:
         """The view of what is left when the first `axes` axes, all of them batch axes, are indexed.
@@ -94,13 +85,17 @@ class MatrixView:
                 f"axes {tuple(range(axes))} of shape {self.shape} are not all batch axes "
                 f"{self.batch}"
             )
-        return dataclasses.replace(
-            self,
-            shape=self.shape[axes:],
-            batch=tuple(axis - axes for axis in self.batch if axis >= axes),
-            kept=tuple(axis - axes for axis in self.kept),
-            projected=tuple(axis - axes for axis in self.projected),
-        )
+        return self._without(tuple(range(axes)))
+
+    def _without(self, indexed: tuple[int, ...]) -> MatrixView:
+        """The view of what is left when some batch axes are indexed."""
+        left = tuple(axis for axis in range(len(self.shape)) if axis not in indexed)
+
+        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(left.index(axis) for axis in axes if axis in left)
+
+        batch, kept, projected = map(moved, (self.batch, self.kept, self.projected))
+        return MatrixView(self._sizes(left), batch, kept, projected, self.projects_input)
 
     @functools.cached_property
     def transposed(self) -> MatrixView:
@@ -136,7 +131,7 @@ class MatrixView:
             low_rank = jax.lax.optimization_barrier(low_rank).mT
         else:
             in_order = "".join(sorted(kept))
-            factor = self._unflatten(basis, self.projected).astype(leaf.dtype)
+            factor = self.unflatten(basis, self.projected).astype(leaf.dtype)
             low_rank = product(f"{full},{batch}{projected}Z->{batch}{in_order}Z", leaf, factor)
             if in_order != kept:
                 low_rank = jax.lax.optimization_barrier(low_rank)
@@ -147,18 +142,14 @@ class MatrixView:
         """N·Pᵀ in the leaf's own shape and axis order."""
         batch, kept, projected, full = self._letters
         factors = [
-            (f"{batch}{kept}Z", self._unflatten(low_rank, self.kept).astype(dtype)),
-            (f"{batch}{projected}Z", self._unflatten(basis, self.projected).astype(dtype)),
+            (f"{batch}{kept}Z", self.unflatten(low_rank, self.kept).astype(dtype)),
+            (f"{batch}{projected}Z", self.unflatten(basis, self.projected).astype(dtype)),
         ]
         # The factor whose axes come first in the leaf goes first: no transposed full-size result.
-        if self._projected_first:
+        if min(self.projected) < min(self.kept):
             factors.reverse()
         (left, a), (right, b) = factors
         return jnp.einsum(f"{left},{right}->{full}", a, b, preferred_element_type=dtype)
-
-    @functools.cached_property
-    def _projected_first(self) -> bool:
-        return min(self.projected) < min(self.kept)
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
@@ -171,7 +162,8 @@ class MatrixView:
         )
         return batch, kept, projected, full
 
-    def _unflatten(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    def unflatten(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """``[*batch, n, k]`` with the `axes` that its axis of length n consists of."""
         return array.reshape(*self.batch_shape, *self._sizes(axes), array.shape[-1])
 
     def positions(self, index: jax.Array | int) -> tuple[jax.Array | int, ...]:
@@ -190,9 +182,6 @@ def matrix_view(shape: tuple[int, ...], axes: MatrixAxes, side: Side) -> MatrixV
       shape: Shape of the leaf.
       axes: Which axes form its matrix; may count from the end.
       side: Which matrix side is projected; a square matrix is projected on its input side.
-
-    Returns:
-      The view, with all axes counted from the front.
 
     Raises:
       ValueError: An axis does not exist in `shape`, or two names mean the same axis.

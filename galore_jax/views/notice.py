@@ -14,7 +14,7 @@ import jax
 
 from galore_jax.views.axes import AxesByPath, MatrixAxes
 from galore_jax.views.matrix_view import MatrixView, matrix_view
-from galore_jax.views.plan import NEEDS_AXES, LeafPlan, ViewRules, asked_rank, effective_rank
+from galore_jax.views.plan import NEEDS_AXES, LeafPlan, Rules, asked_rank, effective_rank
 from galore_jax.views.targets import patterns
 
 _ENTRIES = 1024  # of a matrix; smaller ones are not worth a warning
@@ -25,7 +25,7 @@ _LIBRARIES = ("galore_jax", "optax", "jax", "flax")
 
 
 def check_projection(
-    plans: list[LeafPlan], rules: ViewRules, *, part: bool = False, said: set[str] | None = None
+    plans: list[LeafPlan], rules: Rules, *, part: bool = False, said: set[str] | None = None
 ) -> None:
     """Raises if nothing is projected by mistake, and warns of options without effect.
 
@@ -101,7 +101,7 @@ class _Reading(NamedTuple):
         return self.view.kept_size * self.view.projected_size
 
 
-def _reading(plan: LeafPlan, rules: ViewRules) -> _Reading:
+def _reading(plan: LeafPlan, rules: Rules) -> _Reading:
     """The first reading that is projected; or that with the longest projected dimension."""
     asked = asked_rank(rules.rank, plan.path, jax.ShapeDtypeStruct(plan.shape, plan.dtype))
     readings = []
@@ -126,7 +126,7 @@ def _guess(plan: LeafPlan) -> MatrixAxes:
     return _STACK
 
 
-def _needs_axes(leaves: list[_Reading], rules: ViewRules) -> str:
+def _needs_axes(leaves: list[_Reading], rules: Rules) -> str:
     """The lines to write, one for each kind of leaf."""
     entries: dict[str, str] = {}
     for plan, axes, view, _ in leaves:
@@ -148,7 +148,7 @@ def _needs_axes(leaves: list[_Reading], rules: ViewRules) -> str:
     )
 
 
-def _rank_reaches(rules: ViewRules, limits: list[int], is_part: bool) -> str:
+def _rank_reaches(rules: Rules, limits: list[int], is_part: bool) -> str:
     rank = "the rank callable" if callable(rules.rank) else f"rank {rules.rank}"
     which, most = f"{len(limits)} of them" if is_part else "all of them", max(limits)
     return (

@@ -7,7 +7,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,22 +31,9 @@ RankLike = int | float | Callable[[str, Any], int | float | None]
 NEEDS_AXES = "more than two axes: needs `axes`"
 
 
-class ViewRules(Protocol):
-    """The part of a lens configuration that decides which leaves are projected, and how."""
-
-    @property
-    def rank(self) -> RankLike: ...
-    @property
-    def side(self) -> Side: ...
-    @property
-    def axes(self) -> AxesRule: ...
-    @property
-    def targets(self) -> Targets: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The rules alone, for planning without a lens."""
+    """The part of a lens configuration that decides which leaves are projected, and how."""
 
     rank: RankLike
     side: Side
@@ -93,11 +80,11 @@ class LeafPlan:
         return jnp.issubdtype(self.dtype, jnp.inexact)
 
 
-def leaf_plan(config: ViewRules, params: Any) -> list[LeafPlan]:
+def leaf_plan(config: Rules, params: Any) -> list[LeafPlan]:
     """Plans every leaf of `params`, in flattening order.
 
     Args:
-      config: Rules of a lens (any object with `rank`, `side`, `axes`, `targets`).
+      config: The config of a lens, or its rules alone.
       params: Parameters, gradients or `ShapeDtypeStruct`s; only shapes and dtypes are read.
 
     Returns:
@@ -145,22 +132,14 @@ def _axes_requests(rule: AxesRule, params: Any, paths: list[str]) -> list[_Reque
         names = dict(rule.rules)
         if set(paths) <= set(names):  # the parameters themselves, leaf by leaf (some masked)
             return [_Request(names[path], explicit=True) for path in paths]
-        return [_by_path(rule, path) for path in paths]
+        matches = [[a for pattern, a in rule.rules if re.search(pattern, p)] for p in paths]
+        return [_Request(m[0]) if m else _Request(MatrixAxes(), default=True) for m in matches]
     if isinstance(rule, AxesTree):
         return [_Request(axes, explicit=own) for axes, own in axes_per_leaf(rule, params)]
     return _axes_requests(axes_rule(rule(params)), params, paths)
 
 
-def _by_path(rule: AxesByPath, path: str) -> _Request:
-    for pattern, axes in rule.rules:
-        if re.search(pattern, path):
-            return _Request(axes)
-    return _Request(MatrixAxes(), default=True)
-
-
-def _plan_leaf(
-    config: ViewRules, path: str, like: jax.ShapeDtypeStruct, request: _Request
-) -> LeafPlan:
+def _plan_leaf(config: Rules, path: str, like: jax.ShapeDtypeStruct, request: _Request) -> LeafPlan:
     shape, dtype = like.shape, like.dtype
     axes, targets = request.axes, config.targets
     is_real = jnp.issubdtype(dtype, jnp.floating)
@@ -205,16 +184,8 @@ def _plan_leaf(
 
 
 def rank_rule(rank: Any) -> int | float | Rule:
-    """The `rank` argument, checked, as something static: hashable and comparable.
-
-    Raises:
-      TypeError: It is neither a Python or NumPy number nor a callable.
-      ValueError: It is not positive, or a fraction above one.
-    """
+    """The `rank` argument, checked, as something static: hashable and comparable."""
     return Rule.of("rank", rank) if callable(rank) else _number(rank)
-
-
-check_rank = rank_rule
 
 
 def _number(rank: Any) -> int | float:

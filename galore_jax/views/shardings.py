@@ -7,14 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_jax.leaves import (
-    abstract,
-    flatten_leaves,
-    is_leaf,
-    is_one_leaf,
-    leaf_paths,
-    unboxed,
-)
+from galore_jax.leaves import Leaves, is_one_leaf, unboxed
+from galore_jax.tables import paths_text
 from galore_jax.views.specs import axis_names, entry_of, shards, that_divides
 
 
@@ -26,26 +20,26 @@ def shardings_per_leaf(params: Any, params_sharding: Any) -> list[NamedSharding]
       params_sharding: Tree like `params`, with or without its boxes, with a `NamedSharding` for
         each leaf; a stored leaf may have one for each of its parts.
 
-    Returns:
-      One `NamedSharding` per leaf, all on one mesh.
-
     Raises:
       ValueError: The trees do not match, a sharding does not fit its leaf, or there are two meshes.
       TypeError: A sharding is not a `NamedSharding`.
     """
-    leaves, treedef = flatten_leaves(params)
-    paths = leaf_paths(params)
+    leaves = Leaves.of(params)
     try:
-        nodes = treedef.flatten_up_to(params_sharding)
+        nodes = leaves.split(params_sharding)
     except (ValueError, TypeError):
         raise ValueError(
-            f"`params_sharding` does not match the parameters: {_mismatch(params, params_sharding)}"
+            f"`params_sharding` does not match the parameters: {_mismatch(leaves, params_sharding)}"
             ". It needs a NamedSharding in the place of every leaf."
         ) from None
-    shardings = [_lone(path, node) for path, node in zip(paths, nodes, strict=True)]
-    for path, leaf, sharding in zip(paths, leaves, shardings, strict=True):
-        _check_fits(path, abstract(leaf).shape, sharding)
-        _check_same_mesh(path, sharding, paths[0], shardings[0])
+    shardings = list(map(_lone, leaves.paths, nodes))
+    for path, like, sharding in zip(leaves.paths, leaves.shapes, shardings, strict=True):
+        _check_fits(path, like.shape, sharding)
+        if sharding.mesh != shardings[0].mesh:
+            raise ValueError(
+                f"leaf {path!r} is on {sharding.mesh}, but leaf {leaves.paths[0]!r} on "
+                f"{shardings[0].mesh}. All parameters, and with them the state, live on one mesh."
+            )
     return shardings
 
 
@@ -60,9 +54,8 @@ def sharded_parts(leaf: Any, sharding: NamedSharding) -> Any:
 
 def sharding_that_divides(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding over those mesh axes that divide the axes of an array."""
-    mesh = sharding.mesh
-    spec = that_divides(sharding.spec, shape, dict(mesh.shape))
-    return NamedSharding(mesh, spec, memory_kind=sharding.memory_kind)
+    spec = that_divides(sharding.spec, shape, dict(sharding.mesh.shape))
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def _lone(path: str, node: Any) -> NamedSharding:
@@ -80,21 +73,14 @@ def _lone(path: str, node: Any) -> NamedSharding:
     raise TypeError(f"leaf {path!r}: expected a NamedSharding, got {found!r}. {remedy}.")
 
 
-def _mismatch(params: Any, params_sharding: Any) -> str:
-    ours = leaf_paths(params)
-    nodes, _ = jax.tree_util.tree_flatten_with_path(params_sharding, is_leaf=is_leaf)
-    theirs = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in nodes]
-    missing = [path for path in ours if path not in theirs]
-    unknown = [path for path in theirs if path not in ours]
+def _mismatch(params: Leaves, params_sharding: Any) -> str:
+    ours, theirs = params.paths, Leaves.of(params_sharding).paths
+    missing = [repr(path) for path in ours if path not in theirs]
+    unknown = [repr(path) for path in theirs if path not in ours]
     if missing or unknown:
         parts = [("no sharding for", missing), ("no parameter for", unknown)]
-        return "; ".join(f"{what} {_named(paths)}" for what, paths in parts if paths)
-    return f"{type(params_sharding).__name__} in the place of {type(params).__name__}"
-
-
-def _named(paths: list[str]) -> str:
-    rest = len(paths) - 3
-    return ", ".join(map(repr, paths[:3])) + (f" and {rest} more" if rest > 0 else "")
+        return "; ".join(f"{what} {paths_text(paths)}" for what, paths in parts if paths)
+    return f"{type(params_sharding).__name__} in the place of {type(params.given).__name__}"
 
 
 def _check_fits(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
@@ -117,13 +103,3 @@ def _check_fits(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> N
                 f"axes {axis_names(entry)} ({shards(entry, sizes)} shards) do not divide. Shard "
                 "another axis, or none."
             )
-
-
-def _check_same_mesh(
-    path: str, sharding: NamedSharding, first_path: str, first: NamedSharding
-) -> None:
-    if sharding.mesh != first.mesh:
-        raise ValueError(
-            f"leaf {path!r} is on {sharding.mesh}, but leaf {first_path!r} on {first.mesh}. All "
-            "parameters, and with them the state, live on one mesh."
-        )

@@ -48,12 +48,8 @@ def that_divides(
     spec: PartitionSpec, shape: tuple[int, ...], mesh_shape: dict[str, int]
 ) -> PartitionSpec:
     """The spec with each entry cut to the leading mesh axes that divide the array's axis."""
-    return PartitionSpec(
-        *(
-            _cut(entry, size, mesh_shape)
-            for size, entry in zip(shape, spec, strict=False)  # specs may be shorter
-        )
-    )
+    pairs = zip(shape, spec, strict=False)  # specs may be shorter
+    return PartitionSpec(*(_cut(entry, size, mesh_shape) for size, entry in pairs))
 
 
 def shards(entry: Entry, mesh_shape: dict[str, int]) -> int:

@@ -57,14 +57,9 @@ def all_matrices(path: str, leaf: Any) -> bool:
     return True
 
 
-def default_targets(path: str, leaf: Any) -> bool:
-    """The papers' rule: embeddings, output head, norms, scales and biases stay full-rank."""
-    return exemption(path, abstract(leaf).shape) is None
-
-
 @functools.lru_cache(maxsize=1 << 14)  # asked anew for every leaf at every step outside `jax.jit`
 def exemption(path: str, shape: tuple[int, ...]) -> str | None:
-    """The reason for which a leaf stays at full size by default.
+    """The reason for which a leaf stays at full size by default, by the papers' rule.
 
     ===============  ==============================================================================
     stays            because of
@@ -124,7 +119,7 @@ def _in_block(parts: list[str], name: str) -> bool:
 def is_target(targets: Targets, path: str, leaf: Any) -> bool:
     """Applies the `targets` argument to one leaf."""
     if targets is None:
-        return default_targets(path, leaf)
+        return exemption(path, abstract(leaf).shape) is None
     if callable(targets):
         return bool(targets(path, leaf))
     return any(re.search(pattern, path) for pattern in patterns(targets))
@@ -138,12 +133,7 @@ def patterns(targets: Targets) -> tuple[str, ...]:
 
 
 def targets_rule(targets: Any) -> Targets:
-    """The `targets` argument, checked, as something static: hashable and comparable.
-
-    Raises:
-      TypeError: It is neither None, nor a regex or a list of them, nor a callable.
-      ValueError: A regex is not valid.
-    """
+    """The `targets` argument, checked, as something static: hashable and comparable."""
     if targets is None or targets is all_matrices:
         return targets
     if callable(targets):
@@ -157,9 +147,6 @@ def targets_rule(targets: Any) -> Targets:
     for pattern in found:
         check_regex("targets", pattern)
     return targets if isinstance(targets, str) else found
-
-
-check_targets = targets_rule
 
 
 def check_regex(option: str, pattern: str) -> None:

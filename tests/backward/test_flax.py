@@ -66,7 +66,7 @@ def test_nnx():
     theirs, expected, _ = train(lambda p, _, *batch: plain(p, *batch), params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs) and distance(ours, theirs) < 1e-5
-    kinds = [type(leaf) for leaf in gj.leaves.flatten_leaves(gradient)[0]]
+    kinds = [type(leaf) for leaf in gj.leaves.Leaves.of(gradient).values]
     assert kinds.count(gj.ProjectedGradient) == 3
     # The hooks change nothing for arrays.
     assert loss(graph)(params, X, Y) == loss(plain_graph)(params, X, Y)

@@ -149,7 +149,7 @@ def test_without_the_guard_what_is_not_finite_spreads():
     tx = optax.sgd(1e-2)
     step = layerwise.train_step(*poisoned("block"), tx, skip_nonfinite=False)
     params, _, metrics = jax.jit(step)(sm.initial(), tx.init(sm.initial()), sm.batches(1)[0])
-    kernel = params["blocks.up.kernel"]
+    kernel = params["blocks"]["up"]["kernel"]
     assert metrics.skipped == 0 and not np.isfinite(metrics.grad_norm)
     assert np.all(np.isnan(kernel[:3])) and np.all(np.isfinite(kernel[3]))
 

@@ -11,7 +11,7 @@ import galore_jax as gj
 from galore_jax import layerwise
 from galore_jax.layerwise import coupling
 from galore_jax.layerwise.slices import Layer, block_leaves, layer_axes
-from galore_jax.leaves import leaf_paths
+from galore_jax.leaves import Leaves
 from galore_jax.transforms import streaming
 
 pytestmark = pytest.mark.standard_promotion
@@ -232,7 +232,7 @@ def reads_of(tx, params=None):
 
 
 def named(numbers, params=None):
-    paths = leaf_paths(sm.initial() if params is None else params)
+    paths = Leaves.of(sm.initial() if params is None else params).paths
     return {paths[number] for number in numbers}
 
 
@@ -244,7 +244,7 @@ def test_what_is_read_by_the_update_of_each_leaf():
         optax.scale_by_learning_rate(optax.linear_schedule(1.0, 0.0, 10)),
     )
     reads, outside = reads_of(tx), {"embed/embedding", "norm/scale", "lm_head/kernel"}
-    updates = dict(zip(leaf_paths(params), map(named, reads.updates), strict=True))
+    updates = dict(zip(Leaves.of(params).paths, map(named, reads.updates), strict=True))
     assert updates["lm_head/kernel"] == outside
     assert updates["blocks/up/kernel"] == {"blocks/up/kernel"}
     per_array = dict(zip(sm.by_path(tx.init(params)), map(named, reads.state), strict=True))
@@ -279,7 +279,7 @@ def test_leaves_of_one_name_are_told_apart():
     """A key may hold what separates keys."""
     params = sm.initial() | {"norm/scale": jnp.ones(sm.WIDTH)}
     tx = optax.chain(optax.scale_by_adam(), optax.scale(-1e-2))
-    paths = leaf_paths(params)
+    paths = Leaves.of(params).paths
     assert {"['norm']['scale']", "['norm/scale']"} <= set(paths)
     assert reads_of(tx, params).updates == [frozenset([n]) for n in range(len(paths))]
 

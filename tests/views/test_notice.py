@@ -40,7 +40,6 @@ ERRORS = {
         ["none of the 2 matrices is projected: rank 128 reaches the projected dimension of all of "
          "them (the largest is 64). Choose rank < 64, e.g. rank=16 or rank=0.25."],
     ),
-    "fraction": ((PARAMS, {"rank": 1.0}), ["rank 1.0 reaches", "64"]),
     "callable": ((PARAMS, {"rank": lambda path, leaf: 64}), ["rank callable reaches", "64"]),
     "stack": (
         (STACK, {}),
