@@ -13,12 +13,12 @@ from galore_jax.keys import leaf_key, rounding_noise
 from galore_jax.meshes import compiler_chooses
 from galore_jax.quant import affine, blocks, packing
 from galore_jax.quant.weight import Weight
-from galore_jax.serialization import register
+from galore_jax.serialization import Known, register
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray(Weight):
+class QuantizedArray(Weight, metaclass=Known):
     """A floating array of shape ``[..., n]`` in blocks of integer codes along its last axis.
 
     Invariants:
@@ -165,7 +165,7 @@ def quantize(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024 (https://arxiv.org/abs/2407.08296); the range is made to contain zero here.
     """
-    _check(x, bits, block, axis)
+    block = _check(x, bits, block, axis)
     split = blocks.split(x.astype(jnp.float32), block, axis)
     bounds = affine.block_range(split, axis)
     grid = affine.fit(bounds, bits, stochastic=key is not None)
@@ -255,18 +255,19 @@ def _add(x: QuantizedArray, update: jax.Array, noise: jax.Array | None) -> Quant
     return dataclasses.replace(x, codes=packed, scales=grid.scale, zeros=grid.zero)
 
 
-def _check(x: Any, bits: int, block: int, axis: int) -> None:
-    check_format(bits, block)
+def _check(x: Any, bits: int, block: int, axis: int) -> int:
+    block = check_format(bits, block)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"only real floating arrays are quantized, got {x.dtype}.")
     if axis not in (-1, -2):
         raise ValueError(f"blocks run along axis -1 or -2, got {axis}.")
     if x.ndim < -axis or 0 in x.shape:
         raise ValueError(f"an array of shape {x.shape} has no blocks along axis {axis}.")
+    return block
 
 
-def check_format(bits: int, block: int) -> None:
-    """Raises unless the codes have 8 or 4 bits and the block at least one entry."""
+def check_format(bits: int, block: int) -> int:
+    """The block as a Python integer; raises unless codes of so many bits, 8 or 4, are known."""
     if bits not in (4, 8):
         raise ValueError(f"`bits` is 8 or 4, got {bits!r}.")
-    blocks.check_block(block)
+    return blocks.check_block(block)

@@ -5,8 +5,12 @@ The axis is -1 or -2, counted from the end, so that leading axes may be sliced o
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from galore_jax.checks import check_count
 
 
 def split(x: jax.Array, block: int, axis: int) -> jax.Array:
@@ -40,9 +44,11 @@ def spread(per_block: jax.Array, size: int, block: int, axis: int) -> jax.Array:
     return jax.lax.slice_in_dim(wide, 0, size, axis=wide.ndim + axis)
 
 
-def check_block(block: object) -> None:
-    """Raises unless `block` is a positive integer."""
-    if isinstance(block, bool) or not isinstance(block, int):
-        raise TypeError(f"`block` is an integer number of entries, got {block!r}.")
-    if block < 1:
-        raise ValueError(f"`block` is at least one entry, got {block}.")
+def check_block(block: Any) -> int:
+    """The entries of a block as a Python integer.
+
+    Raises:
+      TypeError: It is no integer.
+      ValueError: It is below one, or beyond int32.
+    """
+    return check_count("block", block)

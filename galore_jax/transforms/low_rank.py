@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import mapped
-from galore_jax.checks import is_quiet
+from galore_jax.checks import check_transformation, is_quiet
 from galore_jax.codecs import Codec
 from galore_jax.mapped import AxisName
 from galore_jax.meshes import sharded_alike
 from galore_jax.projectors import Projector
 from galore_jax.recovery import Leaving, Recovery
 from galore_jax.refresh import RefreshPolicy
-from galore_jax.serialization import tell_flax
 from galore_jax.transforms import bases
 from galore_jax.transforms.bases import Bases
 from galore_jax.transforms.config import LowRankConfig, low_rank_config
@@ -127,8 +126,7 @@ def low_rank_projection(
         axis_name=axis_name,
         seed=seed,
     )
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"`inner` must be a gradient transformation, got {inner!r}.")
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     said: set[str] = set()  # warnings of this transformation, each of them once
 
@@ -137,7 +135,6 @@ def low_rank_projection(
         lens = Lens.of(config, leaves.treedef, leaves.shapes)
         if not is_quiet():
             check_projection(list(lens.plans), config, part=has_masks(params), said=said)
-        tell_flax()
         proxies = leaves.tree(
             [lens.at_state_dtype(i, _zeros(lens, i, leaf)) for i, leaf in enumerate(leaves.values)]
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.checks import check_count, check_transformation
 from galore_jax.meshes import sharded_alike
 from galore_jax.quant import blocks, dequantize, power
 from galore_jax.transforms.projected import updates_like
@@ -53,7 +54,7 @@ def quantized_state(
       large moments. To `optax.tree_map_params` moments are not like parameters.
 
     Raises:
-      TypeError: `block` is no integer; in `init`, when `inner` keeps no moment that is known.
+      TypeError: `block` or `min_size` is no integer; in `init`, when `inner` keeps no moment that is known.
       ValueError: `block` is below one; in `update`, when the state was stored with another.
 
     Example:
@@ -67,7 +68,9 @@ def quantized_state(
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021
       (https://arxiv.org/abs/2110.02861).
     """
-    blocks.check_block(block)
+    check_transformation("inner", inner)
+    block = blocks.check_block(block)
+    min_size = check_count("min_size", min_size, least=0)
     inner = optax.with_extra_args_support(inner)
 
     def encode(x: jax.Array, signed: bool) -> Any:
