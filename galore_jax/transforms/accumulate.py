@@ -12,6 +12,7 @@ from galore_jax import mapped
 from galore_jax.checks import check_count, check_transformation
 from galore_jax.meshes import sharded_alike
 from galore_jax.transforms import bases, subspace
+from galore_jax.transforms.compiled import compiled_once
 from galore_jax.transforms.lens import Layer, Lens, entered, for_each_leaf, full_shapes
 from galore_jax.transforms.lenses import current_lenses, find_lenses, settled, with_lost_configs
 from galore_jax.transforms.projected import updates_like
@@ -119,7 +120,9 @@ def accumulate(
             mini_step=jnp.where(is_last, 0, state.mini_step + 1), opt_state=opt_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
+    return optax.GradientTransformationExtraArgs(
+        init_fn, sharded_alike(compiled_once(update_fn), updates_like)
+    )
 
 
 def _settled(state: AccumulateState) -> AccumulateState:

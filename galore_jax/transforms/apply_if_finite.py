@@ -11,6 +11,7 @@ import optax
 from galore_jax import mapped
 from galore_jax.checks import check_count, check_transformation
 from galore_jax.meshes import sharded_alike
+from galore_jax.transforms.compiled import compiled_once
 from galore_jax.transforms.lenses import find_lenses, settled, with_lost_configs
 from galore_jax.transforms.projected import updates_like
 from galore_jax.transforms.state import check_state
@@ -95,13 +96,13 @@ def apply_if_finite(
         return new_updates, ApplyIfFiniteState(
             notfinite_count=count,
             last_finite=finite,
-            total_notfinite=jnp.where(
-                finite, total, optax.safe_increment(total)
-            ),
+            total_notfinite=jnp.where(finite, total, optax.safe_increment(total)),
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, sharded_alike(update_fn, updates_like))
+    return optax.GradientTransformationExtraArgs(
+        init_fn, sharded_alike(compiled_once(update_fn), updates_like)
+    )
 
 
 def _all_finite(updates: optax.Updates, state: optax.OptState) -> jax.Array:

@@ -14,7 +14,7 @@ from galore_jax.projectors import working_dtype
 from galore_jax.refresh import Observation
 from galore_jax.transforms import projected, subspace
 from galore_jax.transforms.lens import Layer, Lens
-from galore_jax.transforms.one_way import forwards_only
+from galore_jax.transforms.no_derivative import without_derivative
 from galore_jax.transforms.state import LowRankState, RefreshState
 from galore_jax.transforms.subspace import LeafSubspace, Refreshed
 from galore_jax.views import ProjectedGradient
@@ -118,7 +118,7 @@ def _refresh(lens: Lens, step: _Step) -> Bases:
     still = Bases(step.stored, unmoved, no_share, no_share, {}, step.inner_state)
     arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
 
-    find = forwards_only(functools.partial(_found, lens), _no_way_back(lens))
+    find = without_derivative(functools.partial(_found, lens), _no_derivative(lens))
 
     def refreshed() -> Bases:
         found = find((step._replace(inner_state=()), still._replace(inner_state=())))
@@ -142,13 +142,12 @@ def _found(lens: Lens, args: tuple[_Step, Bases]) -> Bases:
     return _find(lens, *args)
 
 
-def _no_way_back(lens: Lens) -> str:
+def _no_derivative(lens: Lens) -> str:
     names = list(lens.kinds)
     return (
-        f"a derivative in reverse mode comes back through a refresh of the bases of {names[:3]}"
-        f"{'…' if len(names) > 3 else ''}: JAX cannot differentiate their factorization in this "
-        "mode. Pass jax.lax.stop_gradient(gradients) to update, as first-order methods do, or use "
-        "forward mode (jax.jvp, jax.jacfwd)."
+        f"a derivative goes through a refresh of the bases of {names[:3]}"
+        f"{'…' if len(names) > 3 else ''}, whose factorization has none here. Pass "
+        "jax.lax.stop_gradient(gradients) to update, as first-order methods do."
     )
 
 

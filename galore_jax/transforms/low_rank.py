@@ -59,6 +59,10 @@ def low_rank_projection(
     so the state of `inner` has shape ``[*batch, kept, rank]``. Leaves that are not projected go
     through the same `inner` at full size. Knows no learning rate: chain one behind it.
 
+    Derivatives of an update, by the learning rate or by earlier parameters, are those of the update
+    with its bases as they are. One that would go through a refresh raises when the program runs;
+    `jax.lax.stop_gradient` around the gradients, as in first-order methods, leaves it out.
+
     Args:
       inner: Transformation that runs in the subspace. It gets no ``params``: put weight decay and
         trust ratios behind the lens, in the full space.
