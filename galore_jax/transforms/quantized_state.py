@@ -54,7 +54,8 @@ def quantized_state(
       large moments. To `optax.tree_map_params` moments are not like parameters.
 
     Raises:
-      TypeError: `block` or `min_size` is no integer; in `init`, when `inner` keeps no moment that is known.
+      TypeError: `block` or `min_size` is no integer; in `init`, when `inner` keeps no moment
+        that is known.
       ValueError: `block` is below one; in `update`, when the state was stored with another.
 
     Example:
