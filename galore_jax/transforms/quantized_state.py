@@ -203,6 +203,12 @@ def _check_blocks(state: Any, treedef: Any, paths: list[str], block: int) -> Non
                     f"this transformation has blocks of {block}. Restore with the old value or "
                     "init anew."
                 )
+            if isinstance(x, power.PowerArray) and x.codes.dtype != jnp.uint8:
+                raise ValueError(
+                    f"leaf {paths[leaf]!r}: codes of its moments are {x.codes.dtype} instead of "
+                    "uint8: something did arithmetic on the optimizer state (an average, a cast). "
+                    "Leave states with few bits alone, or keep moments in floats."
+                )
         return moments
 
     map_moments(state, treedef, check)
