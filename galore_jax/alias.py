@@ -249,11 +249,9 @@ def q_galore_adamw8bit(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024 (https://arxiv.org/abs/2407.08296).
     """
-    gap = (
-        update_proj_gap if isinstance(update_proj_gap, RefreshPolicy) else adaptive(update_proj_gap)
-    )
-    options |= {"update_proj_gap": gap, "codec": int4() if codec is None else codec}
-    return galore_adamw8bit(learning_rate, rank, **options)
+    gap, codec = update_proj_gap, codec or int4()
+    gap = gap if isinstance(gap, RefreshPolicy) else adaptive(gap)
+    return galore_adamw8bit(learning_rate, rank, update_proj_gap=gap, codec=codec, **options)
 
 
 @_like_galore

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Steps, sizes and counts are int32 on devices.
 LARGEST = 2**31 - 1
@@ -41,6 +42,18 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     if not least <= number <= LARGEST:
         raise ValueError(f"`{name}` must be at least {least} and below 2**31, got {number}.")
     return number
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises unless the value is a Python or NumPy number."""
+    if isinstance(value, bool | np.bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises unless the value has the two functions of a gradient transformation."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise TypeError(f"`{name}` must be a gradient transformation, got {value!r}.")
 
 
 def check_bool(name: str, value: Any) -> None:

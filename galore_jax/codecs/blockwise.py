@@ -17,7 +17,7 @@ class _Blockwise(Codec, abc.ABC):
     block: int
 
     def __post_init__(self):
-        check_format(self.bits, self.block)
+        object.__setattr__(self, "block", check_format(self.bits, self.block))
 
     def encode(self, basis: jax.Array, key: jax.Array) -> QuantizedArray:
         del key

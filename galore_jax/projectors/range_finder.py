@@ -58,8 +58,10 @@ class randomized_svd(Projector):
 
     def __post_init__(self):
         check_bool("warm_start", self.warm_start)
-        check_count("oversample", self.oversample, least=0)
-        check_count("power_iters", self.power_iters, least=1 if self.warm_start else 0)
+        least = {"oversample": 0, "power_iters": 1 if self.warm_start else 0}
+        for name, smallest in least.items():
+            count = check_count(name, getattr(self, name), least=smallest)
+            object.__setattr__(self, name, count)
 
     def basis(self, gradient: MatrixOperator, rank, *, previous, refreshes, key):
         width = min(rank + self.oversample, *gradient.shape)
@@ -91,7 +93,7 @@ class subspace_iteration(Projector):
     steps: int = 1
 
     def __post_init__(self):
-        check_count("steps", self.steps)
+        object.__setattr__(self, "steps", check_count("steps", self.steps))
 
     def basis(self, gradient: MatrixOperator, rank, *, previous, refreshes, key):
         start = _start(previous.astype(gradient.dtype), rank, refreshes == 0, key)

@@ -13,12 +13,12 @@ from galore_jax.keys import leaf_key, rounding_noise
 from galore_jax.meshes import with_auto_axes
 from galore_jax.quant import affine, blocks, packing
 from galore_jax.quant.weight import Weight
-from galore_jax.serialization import register
+from galore_jax.serialization import Known, register
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray(Weight):
+class QuantizedArray(Weight, metaclass=Known):
     """A floating array of shape ``[..., n]`` in blocks of integer codes along its last axis.
 
     Invariants:
@@ -153,7 +153,7 @@ def quantize(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024 (https://arxiv.org/abs/2407.08296); the range is made to contain zero here.
     """
-    check_format(bits, block)
+    block = check_format(bits, block)
     _check(x, axis)
     split = blocks.split(x.astype(jnp.float32), block, axis)
     bounds = affine.block_range(split, axis)
@@ -245,8 +245,8 @@ def _check(x: Any, axis: int) -> None:
         raise ValueError(f"an array of shape {x.shape} has no blocks along axis {axis}.")
 
 
-def check_format(bits: int, block: int) -> None:
-    """Raises unless the codes have 8 or 4 bits and the block at least one entry."""
+def check_format(bits: int, block: int) -> int:
+    """The block as a Python integer; raises unless codes of so many bits, 8 or 4, are known."""
     if bits not in (4, 8):
         raise ValueError(f"`bits` is 8 or 4, got {bits!r}.")
-    check_count("block", block)
+    return check_count("block", block)

@@ -47,7 +47,7 @@ def quantize_params(
       >>> gj.quant.quantize_params(params)["up"]
       QuantizedArray(shape=(64, 256), bits=8, block=256, dtype=float32)
     """
-    check_format(bits, block)
+    block = check_format(bits, block)
     targets_rule(targets)
 
     def quantize_leaf(name: str, leaf: Any) -> Any:

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from galore_jax.leaves import OneLeaf
 from galore_jax.quant import blocks
-from galore_jax.serialization import register
+from galore_jax.serialization import Known, register
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PowerArray(OneLeaf):
+class PowerArray(OneLeaf, metaclass=Known):
     """A floating array in blocks of codes of a power map.
 
     Invariants:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.checks import check_count
+from galore_jax.checks import check_count, check_number
 from galore_jax.refresh.base import RefreshPolicy
 
 # Where a gap that may grow for ever stops growing: far beyond any run, far below int32.
@@ -50,7 +50,7 @@ class adaptive(RefreshPolicy):
 
     Raises:
       ValueError: A number out of its range, or an unknown mode.
-      TypeError: A gap that is not an integer.
+      TypeError: A gap that is not an integer, or another argument that is not a number.
 
     Example:
       >>> import galore_jax as gj
@@ -71,6 +71,8 @@ class adaptive(RefreshPolicy):
     def __post_init__(self):
         object.__setattr__(self, "gap", check_count("gap", self.gap))
         object.__setattr__(self, "patience", check_count("patience", self.patience))
+        check_number("threshold", self.threshold)
+        check_number("growth", self.growth)
         if not 0 < self.threshold <= 1:
             raise ValueError(f"`threshold` is a similarity in (0, 1], got {self.threshold}.")
         if not self.growth > 1:

@@ -9,14 +9,20 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import collectives
-from galore_jax.checks import check_count
+from galore_jax.checks import check_count, check_transformation
 from galore_jax.leaves import Leaves, abstract
 from galore_jax.meshes import preserve_sharding
 from galore_jax.transforms import bases, subspace
-from galore_jax.transforms.lens import Layer, Lens, entered, full_shapes
-from galore_jax.transforms.lenses import current_lenses, low_rank_states
+from galore_jax.transforms.compiled import compiled_once
+from galore_jax.transforms.lens import Layer, Lens, entered, for_each_leaf, full_shapes
+from galore_jax.transforms.lenses import (
+    current_lenses,
+    low_rank_states,
+    settled,
+    with_lost_configs,
+)
 from galore_jax.transforms.projected import updates_like
-from galore_jax.transforms.state import AccumulateState
+from galore_jax.transforms.state import AccumulateState, check_state
 from galore_jax.views import ProjectedGradient
 
 
@@ -64,6 +70,7 @@ def accumulate(
       (1, 0.0)
     """
     every = check_count("every", every)
+    check_transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params: optax.Params) -> AccumulateState:
@@ -87,8 +94,12 @@ def accumulate(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
+        check_state("accumulate", state, AccumulateState)
         grads = Leaves.of(updates)
-        own = full_shapes(grads, params)
+        own = full_shapes(grads, params, alike=True)
+        for_each_leaf(grads.treedef, state.sums)
+        before = with_lost_configs(state.opt_state, tx, updates, params)
+        state = _settled(state._replace(opt_state=before))
         shapes = Leaves.of(grads.tree(own if params is None else Leaves.of(params).shapes))
         spaces = _spaces(state.opt_state, shapes)
         if params is None:
@@ -96,6 +107,7 @@ def accumulate(
         window = _add(state, grads, shapes, extra_args.get("layer", 0))
         is_last = state.mini_step + 1 == every
 
+        @jax.jit  # traced once, although its result is asked for twice
         def emit() -> tuple[optax.Updates, optax.OptState]:
             mean = _mean(window, spaces, grads, every)
             new_updates, opt_state = tx.update(mean, state.opt_state, params, **extra_args)
@@ -106,7 +118,7 @@ def accumulate(
         def wait() -> tuple[optax.Updates, optax.OptState]:
             likes = grads.values if params is None else Leaves.of(params).values
             zeros = list(map(_zeros, likes, shapes.values))
-            return grads.boxed(zeros), state.opt_state
+            return grads.boxed(zeros), settled(state.opt_state, jax.eval_shape(emit)[1])
 
         new_updates, opt_state = jax.lax.cond(is_last, emit, wait)
         return new_updates, window._replace(
@@ -114,7 +126,15 @@ def accumulate(
         )
 
     return optax.GradientTransformationExtraArgs(
-        init_fn, preserve_sharding(update_fn, updates_like)
+        init_fn, preserve_sharding(compiled_once(update_fn), updates_like)
+    )
+
+
+def _settled(state: AccumulateState) -> AccumulateState:
+    """A state whose counts and flags are of their kind: it may have been averaged or cast."""
+    return state._replace(
+        mini_step=state.mini_step.astype(jnp.int32),
+        moved=jax.tree.map(lambda x: x.astype(bool), state.moved),
     )
 
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import collectives
-from galore_jax.checks import check_count
+from galore_jax.checks import check_count, check_transformation
 from galore_jax.meshes import preserve_sharding
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.compiled import compiled_once
+from galore_jax.transforms.lenses import low_rank_states, settled, with_lost_configs
 from galore_jax.transforms.projected import updates_like
+from galore_jax.transforms.state import check_state
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -58,6 +60,7 @@ def apply_if_finite(
       (0.0, 1)
     """
     check_count("max_consecutive_errors", max_consecutive_errors, least=0)
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> ApplyIfFiniteState:
@@ -74,29 +77,31 @@ def apply_if_finite(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ApplyIfFiniteState]:
-        finite = _all_finite(updates, state)
-        count = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
+        check_state("apply_if_finite", state, ApplyIfFiniteState)
+        before = with_lost_configs(state.inner_state, inner, updates, params)
+        finite = _all_finite(updates, before)
+        count = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count.astype(jnp.int32)))
 
         def apply() -> tuple[optax.Updates, optax.OptState]:
-            return inner.update(updates, state.inner_state, params, **extra_args)
+            return inner.update(updates, before, params, **extra_args)
 
         def skip() -> tuple[optax.Updates, optax.OptState]:
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(apply)[0])
-            return zeros, state.inner_state
+            new_updates, after = jax.eval_shape(apply)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), new_updates)
+            return zeros, settled(before, after)
 
+        total = state.total_notfinite.astype(jnp.int32)
         given_up = count > max_consecutive_errors
         new_updates, inner_state = jax.lax.cond(finite | given_up, apply, skip)
         return new_updates, ApplyIfFiniteState(
             notfinite_count=count,
             last_finite=finite,
-            total_notfinite=jnp.where(
-                finite, state.total_notfinite, optax.safe_increment(state.total_notfinite)
-            ),
+            total_notfinite=jnp.where(finite, total, optax.safe_increment(total)),
             inner_state=inner_state,
         )
 
     return optax.GradientTransformationExtraArgs(
-        init_fn, preserve_sharding(update_fn, updates_like)
+        init_fn, preserve_sharding(compiled_once(update_fn), updates_like)
     )
 
 

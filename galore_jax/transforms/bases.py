@@ -16,6 +16,7 @@ from galore_jax.projectors import working_dtype
 from galore_jax.refresh import Observation
 from galore_jax.transforms import projected, subspace
 from galore_jax.transforms.lens import Layer, Lens
+from galore_jax.transforms.no_derivative import without_derivative
 from galore_jax.transforms.state import LowRankState, RefreshState
 from galore_jax.transforms.subspace import LeafSubspace, Refreshed
 from galore_jax.views import ProjectedGradient
@@ -124,8 +125,11 @@ def _refresh(lens: Lens, step: _Step) -> Bases:
     still = Bases(step.stored, unmoved, no_share, no_share, {}, step.inner_state)
     arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
 
+    find = without_derivative(functools.partial(_found, lens), _no_derivative(lens))
+
     def refreshed() -> Bases:
-        now = _find(lens, step, still)
+        found = find((step._replace(inner_state=()), still._replace(inner_state=())))
+        now = found._replace(inner_state=step.inner_state)
         return now if arrived else _carry(lens, step, now)
 
     if sum(plan.is_projected for plan in lens.plans) == len(arrived):
@@ -139,6 +143,19 @@ def _refresh(lens: Lens, step: _Step) -> Bases:
     for i in arrived:
         now = _take(lens, step, now, i)
     return _carry(lens, step, now)
+
+
+def _found(lens: Lens, args: tuple[_Step, Bases]) -> Bases:
+    return _find(lens, *args)
+
+
+def _no_derivative(lens: Lens) -> str:
+    names = list(lens.kinds)
+    return (
+        f"a derivative goes through a refresh of the bases of {names[:3]}"
+        f"{'…' if len(names) > 3 else ''}, whose factorization has none here. Pass "
+        "jax.lax.stop_gradient(gradients) to update, as first-order methods do."
+    )
 
 
 def _find(lens: Lens, step: _Step, now: Bases) -> Bases:

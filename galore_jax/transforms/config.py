@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from galore_jax import serialization
 from galore_jax.checks import check_floating
@@ -24,7 +25,7 @@ from galore_jax.views.targets import Targets, targets_rule
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class LowRankConfig(Rules):
+class LowRankConfig(Rules, metaclass=serialization.Known):
     """Everything static about a lens; knows no parameters, holds nothing that may be traced.
 
     The fields are the arguments of `low_rank_projection`. Two lenses of equal construction have
@@ -77,9 +78,9 @@ def low_rank_config(
         )
     if seed is None:
         seed = 0
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(
-            f"`seed` must be a Python integer, got {seed!r}. Under optax.inject_hyperparams pass "
+            f"`seed` must be an integer, got {seed!r}. Under optax.inject_hyperparams pass "
             "static_args=galore_jax.STATIC_ARGS."
         )
     return LowRankConfig(
@@ -94,7 +95,7 @@ def low_rank_config(
         codec=codec,
         state_dtype=dtype,
         axis_name=check_axis_name(axis_name),
-        seed=seed,
+        seed=int(seed),
     )
 
 

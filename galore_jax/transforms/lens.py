@@ -19,7 +19,7 @@ from galore_jax.leaves import Leaves, abstract, is_one_leaf
 from galore_jax.refresh import Matrices, phases
 from galore_jax.transforms import subspace
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.state import LowRankState, RefreshState
+from galore_jax.transforms.state import LowRankState, RefreshState, check_state
 from galore_jax.transforms.subspace import LeafSubspace
 from galore_jax.views import LeafPlan, ProjectedGradient
 from galore_jax.views.plan import leaf_plan
@@ -194,8 +194,15 @@ def check_same_storage(config: LowRankConfig, stored: Any) -> None:
             )
 
 
-def full_shapes(grads: Leaves, params: optax.Params | None) -> list[jax.ShapeDtypeStruct]:
+def full_shapes(
+    grads: Leaves, params: optax.Params | None, *, alike: bool = False
+) -> list[jax.ShapeDtypeStruct]:
     """Shapes of the leaves; those of projected gradients are read off the parameters.
+
+    Args:
+      grads: The gradients.
+      params: Their parameters, if they are there.
+      alike: Whether both have to have one structure, also where no gradient arrives projected.
 
     Raises:
       ValueError: They are needed and not there, or a gradient has another shape than its parameter.
@@ -210,7 +217,7 @@ def full_shapes(grads: Leaves, params: optax.Params | None) -> list[jax.ShapeDty
         return grads.shapes
     given = Leaves.of(params)
     if given.treedef != grads.treedef:
-        if any(arrived):
+        if alike or any(arrived):
             raise ValueError(
                 f"gradients have the structure {grads.treedef}, but `params` {given.treedef}."
             )
@@ -227,6 +234,21 @@ def full_shapes(grads: Leaves, params: optax.Params | None) -> list[jax.ShapeDty
     ]
 
 
+def for_each_leaf(treedef: Any, kept: Any) -> list[Any]:
+    """The parts of a tree in a state, in the places of the gradients.
+
+    Raises:
+      ValueError: The state was made for another tree.
+    """
+    try:
+        return treedef.flatten_up_to(kept)
+    except (ValueError, TypeError):  # JAX's message prints arrays
+        raise ValueError(
+            f"this state was made for parameters of another structure: gradients have {treedef}, "
+            f"what the state keeps of them {jax.tree.structure(kept)}. Make one with init."
+        ) from None
+
+
 def entered(lens: Lens, state: Any) -> LowRankState:
     """A state as it was given, in the dtypes and with the options of this lens.
 
@@ -234,14 +256,11 @@ def entered(lens: Lens, state: Any) -> LowRankState:
       TypeError: It is the state of something else.
       ValueError: It was made with another storage, or for other parameters.
     """
-    if not isinstance(state, LowRankState):
-        raise TypeError(
-            f"the state of a low-rank projection is a LowRankState, got {type(state).__name__}: it "
-            "is the state of another optimizer. Make one with init."
-        )
+    check_state("a low-rank projection", state, LowRankState)
     check_same_storage(lens.config, state.config)
     if not lens.plans:
         return state._replace(config=lens.config)
+    bases = for_each_leaf(lens.treedef, state.projectors)
     flags = state.refresh_state
     if not isinstance(flags.due, dict) or set(flags.due) != set(lens.kinds):
         raise ValueError(
@@ -260,9 +279,7 @@ def entered(lens: Lens, state: Any) -> LowRankState:
         memory = lens.first_memory()  # that of a policy of another kind
     stored = [
         subspace.as_stored(lens.config, plan, basis) if plan.is_projected else basis
-        for plan, basis in zip(
-            lens.plans, lens.treedef.flatten_up_to(state.projectors), strict=True
-        )
+        for plan, basis in zip(lens.plans, bases, strict=True)
     ]
     return state._replace(
         config=lens.config,

@@ -11,7 +11,14 @@ import optax
 from galore_jax.checks import quietly
 from galore_jax.leaves import Leaves, is_leaf
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.lens import Layer, Lens, check_same_storage, entered, kinds_of
+from galore_jax.transforms.lens import (
+    Layer,
+    Lens,
+    check_same_storage,
+    entered,
+    full_shapes,
+    kinds_of,
+)
 from galore_jax.transforms.state import AccumulateState, LowRankState
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.transforms.subspace import LeafSubspace
@@ -110,6 +117,30 @@ def with_configs(opt_state: Any, tx: optax.GradientTransformation, params: Any) 
         return entered(lens_on(node._replace(config=next(configs)), likes)[0], node)
 
     return jax.tree.map(renew, opt_state, is_leaf=lambda node: isinstance(node, LowRankState))
+
+
+def settled(opt_state: Any, like: Any) -> Any:
+    """A state with the structure and the dtypes of another one, of equal shapes."""
+    pairs = zip(*map(jax.tree.leaves, (opt_state, like)), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(like), [x.astype(y.dtype) for x, y in pairs])
+
+
+def with_lost_configs(
+    opt_state: Any, tx: optax.GradientTransformation, updates: Any, params: Any
+) -> Any:
+    """A state whose lenses have their configs, also where a checkpointer has dropped them.
+
+    Args:
+      opt_state: State of `tx`.
+      tx: The transformation.
+      updates: Gradients.
+      params: Parameters, if they are there.
+    """
+    if all(isinstance(lens.config, LowRankConfig) for lens in low_rank_states(opt_state)):
+        return opt_state
+    leaves = Leaves.of(updates)
+    shapes = full_shapes(leaves, params, alike=True)
+    return with_configs(opt_state, tx, leaves.tree(shapes) if params is None else params)
 
 
 def abstract_state(tx: optax.GradientTransformation, leaves: Leaves) -> Any:

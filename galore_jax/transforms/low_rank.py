@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import collectives
-from galore_jax.checks import is_quiet
+from galore_jax.checks import check_transformation, is_quiet
 from galore_jax.codecs import Codec
 from galore_jax.collectives import AxisName
 from galore_jax.leaves import Leaves, has_masks
@@ -17,7 +17,6 @@ from galore_jax.meshes import preserve_sharding
 from galore_jax.projectors import Projector
 from galore_jax.recovery import Leaving, Recovery
 from galore_jax.refresh import RefreshPolicy
-from galore_jax.serialization import tell_flax
 from galore_jax.transforms import bases
 from galore_jax.transforms.bases import Bases
 from galore_jax.transforms.config import LowRankConfig, low_rank_config
@@ -59,6 +58,10 @@ def low_rank_projection(
 
     so the state of `inner` has shape ``[*batch, kept, rank]``. Leaves that are not projected go
     through the same `inner` at full size. Knows no learning rate: chain one behind it.
+
+    Derivatives of an update, by the learning rate or by earlier parameters, are those of the update
+    with its bases as they are. One that would go through a refresh raises when the program runs;
+    `jax.lax.stop_gradient` around the gradients, as in first-order methods, leaves it out.
 
     Args:
       inner: Transformation that runs in the subspace. It gets no ``params``: put weight decay and
@@ -127,8 +130,7 @@ def low_rank_projection(
         axis_name=axis_name,
         seed=seed,
     )
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"`inner` must be a gradient transformation, got {inner!r}.")
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     said: set[str] = set()  # warnings of this transformation, each of them once
 
@@ -137,7 +139,6 @@ def low_rank_projection(
         lens = Lens.of(config, leaves.treedef, leaves.shapes)
         if not is_quiet():
             check_projection(list(lens.plans), config, part=has_masks(params), said=said)
-        tell_flax()
         proxies = leaves.tree(
             [lens.at_state_dtype(i, _zeros(lens, i, leaf)) for i, leaf in enumerate(leaves.values)]
         )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.checks import check_count
+from galore_jax.checks import check_count, check_transformation
 from galore_jax.leaves import Leaves, is_one_leaf
 from galore_jax.meshes import preserve_sharding
 from galore_jax.quant import dequantize, power
@@ -54,7 +54,8 @@ def quantized_state(
       large moments. To `optax.tree_map_params` moments are not like parameters.
 
     Raises:
-      TypeError: `block` is no integer; in `init`, when `inner` keeps no moment that is known.
+      TypeError: `block` or `min_size` is no integer; in `init`, when `inner` keeps no moment
+        that is known.
       ValueError: `block` is below one; in `update`, when the state was stored with another.
 
     Example:
@@ -68,7 +69,9 @@ def quantized_state(
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021
       (https://arxiv.org/abs/2110.02861).
     """
-    check_count("block", block)
+    check_transformation("inner", inner)
+    block = check_count("block", block)
+    min_size = check_count("min_size", min_size, least=0)
     inner = optax.with_extra_args_support(inner)
 
     def encode(x: jax.Array, signed: bool) -> Any:
@@ -203,6 +206,12 @@ def _check_blocks(state: Any, leaves: Leaves, block: int) -> None:
                     f"leaf {leaves.paths[leaf]!r}: its moments are stored in blocks of {x.block}, "
                     f"but this transformation has blocks of {block}. Restore with the old value or "
                     "init anew."
+                )
+            if isinstance(x, power.PowerArray) and x.codes.dtype != jnp.uint8:
+                raise ValueError(
+                    f"leaf {leaves.paths[leaf]!r}: codes of its moments are {x.codes.dtype}, not "
+                    "uint8: something did arithmetic on the optimizer state (an average, a cast). "
+                    "Leave states with few bits alone, or keep moments in floats."
                 )
         return moments
 

@@ -10,6 +10,19 @@ import optax
 from galore_jax.transforms.config import LowRankConfig
 
 
+def check_state(whose: str, state: Any, kind: type) -> None:
+    """Raises unless the state is of a kind.
+
+    Raises:
+      TypeError: It is the state of something else, or none at all.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"the state of {whose} is of type {kind.__name__}, got {type(state).__name__}: it is "
+            "the state of another optimizer. Make one with init."
+        )
+
+
 class RefreshState(NamedTuple):
     """Flags and counts of all matrices, and the memory of the policy.
 

@@ -57,6 +57,12 @@ class ProjectedGradient(OneLeaf):
         moved: jax.Array | None = None,
         used: jax.Array | None = None,
     ):
+        for name, array in (("value", value), ("basis", basis)):
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                raise TypeError(
+                    f"`{name}` of a ProjectedGradient must be an array, got {array!r}. A gradient "
+                    "without a basis is no projected one: pass the gradient itself."
+                )
         if basis.dtype == jnp.float16:
             basis = basis.astype(jnp.float32)  # whose exponents reach down to where it travels
         dtype = basis.dtype
