@@ -395,7 +395,9 @@ layered = st.fixed_dictionaries(
         "layers": st.integers(1, 4),
         "width": st.integers(3, 7),
         "hidden": st.integers(2, 9),
-        "rank": st.integers(1, 4),
+        # Beyond that of the gradient, which is that of three outputs, Adam would make directions of
+        # rounding errors.
+        "rank": st.integers(1, 3),
         "side": st.sampled_from(SIDES),
         "method": st.sampled_from(PROJECTORS),
         "refresh": st.sampled_from([1, 2]),

@@ -214,7 +214,6 @@ def test_a_compiled_step_stands_beside_the_estimate(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (line("--layerwise", optimizer="adafactor"), "blocks/attn/k/kernel.* depends on other"),
         (line(accumulation=3), "--accumulation 3 does not divide --batch-size 4"),
         (line(head_chunk=5), "--head-chunk 5 does not divide --seq-len 16"),
         (line(mesh="model=2"), "--mesh model=2: no axis is called 'model'"),

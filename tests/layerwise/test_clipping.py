@@ -136,6 +136,34 @@ def test_what_a_step_that_is_not_finite_changes(kind):
     assert [not x for x in due.tolist()] == moved["blocks"]
 
 
+@pytest.mark.parametrize("pullback", sm.PULLBACKS)
+def test_a_basis_moves_with_its_moments_or_not_at_all(pullback):
+    """One matrix of a block has no finite gradient: the other one waits for it, in every part."""
+
+    def block(layer, x):
+        scale = poison(layer["norm"]["scale"], True)
+        return sm.block({**layer, "norm": {"scale": scale}}, x)
+
+    tx = gj.galore_adamw(1e-2, transport=gj.transport.rotate(), **LENS)
+    step, bad_step = (
+        jax.jit(layerwise.train_step(sm.embed, block, sm.head, tx, **sm.PULLBACKS[pullback]))
+        for block in (sm.block, block)
+    )
+    params, state, tokens = sm.initial(), tx.init(sm.initial()), sm.batches(1)[0]
+    for _ in range(2):
+        params, state, _ = step(params, state, tokens)
+    books = state[0].refresh_state
+    due = jax.tree.map(jnp.ones_like, books.due)
+    state = (state[0]._replace(refresh_state=books._replace(due=due)), *state[1:])
+    new_params, new, metrics = bad_step(params, state, tokens)
+    assert metrics.skipped == sm.LAYERS and new[0].count == 3
+    before, after = sm.by_path((params, state)), sm.by_path((new_params, new))
+    held = [path for path in before if "blocks/" in path and "kernel" in path]
+    assert sum("inner_state" in path for path in held) == 4
+    for path in held:
+        np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+
+
 def layer(params, number):
     return jax.tree.map(lambda x: x[number], params["blocks"])
 
