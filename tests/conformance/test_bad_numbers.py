@@ -134,7 +134,11 @@ OTHERS = {
     "no value": (TypeError, lambda: gj.ProjectedGradient(None, VALUE[1]), ["`value`", "None"]),
     "a list": (TypeError, lambda: gj.ProjectedGradient([1.0], VALUE[1]), ["`value`", "[1.0]"]),
     **{
-        f"{name} of {getattr(value, "__name__", value)}": (TypeError, lambda f=f, value=value: f(value), [f"`{name}`"])
+        f"{name} of {getattr(value, '__name__', value)}": (
+            TypeError,
+            lambda f=f, value=value: f(value),
+            [f"`{name}`"],
+        )
         for name, f in {
             "inner": lambda tx: gj.low_rank_projection(tx, 4),
             "inner ": lambda tx: gj.apply_if_finite(tx, 3),
