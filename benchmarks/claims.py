@@ -182,20 +182,17 @@ def _compiled(labels: Sequence[str]) -> Cells:
 _LAYERS = {
     "stacked layers": "stacked",
     "separate layers": "separate",
-    "… a conditional each": "separate, a conditional each",
     "stacked, layer-wise": "stacked, layer-wise",
 }
 
 
 def _unrolled(labels: Sequence[str]) -> Cells:
     layers = _LAYERS[labels[0]]
-    optimizers = ("GaLore",) if "conditional" in layers else ("AdamW", "GaLore")
-    cells: list[Any] = [
+    return [
         (result("unrolled_h100", model="350m", optimizer=o, layers=layers, clip=c)["temporaries"],)
-        for o in optimizers
+        for o in ("AdamW", "GaLore")
         for c in ("", "exact")
     ]
-    return [()] * (4 - len(cells)) + cells
 
 
 def _states(labels: Sequence[str]) -> Cells:

@@ -10,7 +10,6 @@ up each gradient as soon as it is there, unless something needs them all.
 import argparse
 import dataclasses
 import functools
-import string
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -108,8 +107,6 @@ def cases(preset: Preset) -> dict[tuple[str, str, str], tuple[Form, Any, bool]]:
         for name, tx in optimizers.items()
         for held, form in FORMS.items()
         for clipped in (False, True)
-        # Without a lens there are no conditionals that layers could share.
-        if not (name == "AdamW" and held == EACH)
     }
 
 
@@ -193,30 +190,21 @@ def separate_loss(config: model.LlamaConfig, params: Any, batch: Any) -> jax.Arr
     return objective.head_loss(config, params, x, batch)
 
 
-def named(names: str | range, blocks: Any) -> dict[str, Any]:
+def named(blocks: Any) -> dict[str, Any]:
     """One tree per layer."""
     layers = jax.tree.leaves(blocks)[0].shape[0]
-    return {
-        str(name): jax.tree.map(lambda x, i=i: x[i], blocks)
-        for i, name in enumerate(names[:layers])
-    }
+    return {str(i): jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(layers)}
 
 
-EACH = "separate, a conditional each"
 FORMS = {
     "stacked": Form(
         lambda blocks: blocks,
         functools.partial(ordinary, objective.loss),
         functools.partial(clipped_ordinary, objective.loss),
     ),
-    # Weights whose paths differ in numbers only share one conditional, and all their gradients.
+    # A refresh is one conditional for all of them, which waits for all gradients.
     "separate": Form(
-        functools.partial(named, range(100)),
-        functools.partial(ordinary, separate_loss),
-        functools.partial(clipped_ordinary, separate_loss),
-    ),
-    EACH: Form(
-        functools.partial(named, string.ascii_letters),
+        named,
         functools.partial(ordinary, separate_loss),
         functools.partial(clipped_ordinary, separate_loss),
     ),

@@ -264,7 +264,7 @@ def entered(lens: Lens, state: Any) -> LowRankState:
     flags = state.refresh_state
     if not isinstance(flags.due, dict) or set(flags.due) != set(lens.kinds):
         raise ValueError(
-            "this state was made for other parameters, or by a version of galore_jax before 0.2: "
+            "this state was made for other parameters, or by an earlier version of galore_jax: "
             "its flags are not those of the matrices "
             f"{list(lens.kinds)[:3]}{'…' if len(lens.kinds) > 3 else ''}. Make one with init, or "
             "finish the run with the version that it was made with."
