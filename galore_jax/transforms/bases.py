@@ -113,8 +113,8 @@ def refresh(lens: Lens, state: LowRankState, grads: Leaves, layer: Layer) -> Bas
 # closures of a conditional made anew at every call would be compiled anew.
 @functools.partial(jax.jit, static_argnums=0)
 def _refresh(lens: Lens, step: _Step) -> Bases:
-    no_share = {name: jnp.zeros(due.shape, jnp.float32) for name, due in step.due.items()}
-    unmoved = {name: jnp.zeros(due.shape, bool) for name, due in step.due.items()}
+    no_share = {name: jnp.zeros_like(due, jnp.float32) for name, due in step.due.items()}
+    unmoved = {name: jnp.zeros_like(due, bool) for name, due in step.due.items()}
     still = Bases(step.stored, unmoved, no_share, no_share, {}, step.inner_state)
     arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
 

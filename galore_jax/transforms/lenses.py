@@ -122,7 +122,9 @@ def with_configs(opt_state: Any, tx: optax.GradientTransformation, params: Any) 
 def settled(opt_state: Any, like: Any) -> Any:
     """A state with the structure and the dtypes of another one, of equal shapes."""
     pairs = zip(*map(jax.tree.leaves, (opt_state, like)), strict=True)
-    return jax.tree.structure(like).unflatten(x.astype(other.dtype) for x, other in pairs)
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [x.astype(other.dtype) for x, other in pairs]
+    )
 
 
 def with_lost_configs(
