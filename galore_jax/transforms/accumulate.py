@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,8 @@ def accumulate(
         window = _add(state, grads, shapes, extra_args.get("layer", 0))
         is_last = state.mini_step + 1 == every
 
-        @jax.jit  # traced once, although its result is asked for twice
+        # Traced once, although its result is asked for twice.
+        @functools.partial(jax.jit, inline=True)
         def emit() -> tuple[optax.Updates, optax.OptState]:
             mean = _mean(window, spaces, grads, every)
             new_updates, opt_state = tx.update(mean, state.opt_state, params, **extra_args)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax import collectives
 from galore_jax.leaves import Leaves
 from galore_jax.projectors import working_dtype
 from galore_jax.refresh import Observation
@@ -114,14 +113,8 @@ def refresh(lens: Lens, state: LowRankState, grads: Leaves, layer: Layer) -> Bas
 # closures of a conditional made anew at every call would be compiled anew.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _refresh(lens: Lens, step: _Step) -> Bases:
-    # Both branches of a conditional have to vary over the same mapped axes.
-    axes = collectives.varying_axes((step.gradients, step.stored), ())
-
-    def zeros(dtype: Any) -> dict[str, jax.Array]:
-        names = step.due.items()
-        return {k: collectives.varying(jnp.zeros(due.shape, dtype), axes) for k, due in names}
-
-    no_share, unmoved = zeros(jnp.float32), zeros(bool)
+    no_share = {name: jnp.zeros_like(due, jnp.float32) for name, due in step.due.items()}
+    unmoved = {name: jnp.zeros_like(due, bool) for name, due in step.due.items()}
     still = Bases(step.stored, unmoved, no_share, no_share, {}, step.inner_state)
     arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
 

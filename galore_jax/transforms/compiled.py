@@ -10,15 +10,19 @@ import numpy as np
 
 
 def compiled_once(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """An `update` under `jax.jit`: closures of a conditional made anew would be compiled anew.
+    """An `update` under `jax.jit`, where it is not under one already.
 
-    An extra argument that is no array, such as a function for a line search, leaves it as it is.
+    Closures of a conditional are made anew at every call, and would be compiled anew. An extra
+    argument that is no array, such as a function for a line search, leaves the update as it is.
     """
     compiled = jax.jit(update)
 
     def once(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         arrays = jax.Array | np.ndarray | np.generic | float | int
         are_arrays = all(isinstance(x, arrays) for x in jax.tree.leaves(extra_args))
-        return (compiled if are_arrays else update)(updates, state, params, **extra_args)
+        leaves = jax.tree.leaves((updates, state, params, extra_args))
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        run = compiled if are_arrays and not is_traced else update
+        return run(updates, state, params, **extra_args)
 
     return once

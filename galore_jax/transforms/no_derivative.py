@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_jax.mapped import varying_axes
+
 
 def without_derivative(fn: Callable[[Any], Any], message: str) -> Callable[[Any], Any]:
     """A function that raises when a derivative goes through it, in forward or in reverse mode.
@@ -48,7 +50,7 @@ def without_derivative(fn: Callable[[Any], Any], message: str) -> Callable[[Any]
         if given and floating:
             # As the solution of a linear system: the one linear map with a transpose of its own
             # that can be mapped over. It asks that all parts depend on the tangents.
-            nothing = sum((0 * jnp.sum(x).astype(jnp.float32) for x in given), jnp.zeros(()))
+            nothing = jnp.sum(jnp.stack([0 * jnp.sum(x).astype(jnp.float32) for x in given]))
             pair = given, [jnp.zeros_like(parts[i]) for i in floating]
             pair = jax.tree.map(lambda x: x + nothing.astype(x.dtype), pair)
             _, found = jax.lax.custom_linear_solve(
@@ -62,4 +64,5 @@ def without_derivative(fn: Callable[[Any], Any], message: str) -> Callable[[Any]
                 out[i] = x
         return result, jax.tree.unflatten(treedef, out)
 
-    return call
+    # A custom derivative makes all results of a `jax.shard_map` vary over the axes of any argument.
+    return lambda args: fn(args) if varying_axes(args, ()) else call(args)
