@@ -101,11 +101,10 @@ class Description:
 
     def _total(self, placements: Sequence[LeafSharding]) -> str:
         matrices = sum(row.is_matrix or row.projected for row in self.rows)
-        projected = sum(row.projected for row in self.rows)
         share = round(100 * self.state_bytes / self.adamw_bytes) if self.adamw_bytes else 0
-        local = bytes_text(sum(placement.state_bytes for placement in placements))
+        local = bytes_text(sum(sharding.state_bytes for sharding in placements))
         return (
-            f"{projected} of {matrices} matrices projected; state {bytes_text(self.state_bytes)}, "
+            f"{sum(row.projected for row in self.rows)} of {matrices} matrices projected; state {bytes_text(self.state_bytes)}, "
             f"AdamW {bytes_text(self.adamw_bytes)} ({share} %)"
         ) + (f"; {local} per device" if placements else "")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.mapped import varying_axes
+from galore_jax.collectives import varying_axes
 
 
 def without_derivative(fn: Callable[[Any], Any], message: str) -> Callable[[Any], Any]:
