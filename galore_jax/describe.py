@@ -104,8 +104,8 @@ class Description:
         share = round(100 * self.state_bytes / self.adamw_bytes) if self.adamw_bytes else 0
         local = bytes_text(sum(sharding.state_bytes for sharding in placements))
         return (
-            f"{sum(row.projected for row in self.rows)} of {matrices} matrices projected; state {bytes_text(self.state_bytes)}, "
-            f"AdamW {bytes_text(self.adamw_bytes)} ({share} %)"
+            f"{sum(row.projected for row in self.rows)} of {matrices} matrices projected; state "
+            f"{bytes_text(self.state_bytes)}, AdamW {bytes_text(self.adamw_bytes)} ({share} %)"
         ) + (f"; {local} per device" if placements else "")
 
 
