@@ -24,7 +24,7 @@ from galore_jax.alias import (
 )
 from galore_jax.backward import matmul, projected_value_and_grad
 from galore_jax.describe import describe
-from galore_jax.metrics import captured_energy, metrics
+from galore_jax.metrics import SubspaceMetrics, captured_energy, metrics
 from galore_jax.sharding import init_sharded, state_sharding
 from galore_jax.transforms import (
     LowRankState,
@@ -45,6 +45,7 @@ __all__ = [
     "LowRankState",
     "MatrixAxes",
     "ProjectedGradient",
+    "SubspaceMetrics",
     "accumulate",
     "all_matrices",
     "apply_if_finite",

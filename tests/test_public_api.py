@@ -11,6 +11,7 @@ TOP_LEVEL = {
     "LowRankState",
     "MatrixAxes",
     "ProjectedGradient",
+    "SubspaceMetrics",
     "accumulate",
     "all_matrices",
     "apply_if_finite",
@@ -97,7 +98,7 @@ def test_seams_export_their_implementations(seam):
 def test_docstrings_have_an_example(thing):
     doc = inspect.getdoc(thing)
     assert doc is not None
-    is_state = thing is gj.LowRankState
+    is_state = thing in (gj.LowRankState, gj.SubspaceMetrics)
     assert is_state or ">>>" in doc
 
 

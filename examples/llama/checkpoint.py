@@ -4,7 +4,7 @@ A checkpoint is a directory named after its step. It is written under another na
 when everything is on disk, so a directory with a plain name is complete::
 
     checkpoints/00000400/arrays/...       every leaf of the training state, by its path (Orbax)
-    checkpoints/00000400/run.json         step, data position, identity of the run, leaf shapes
+    checkpoints/00000400/run.json         format, step, data position, identity, leaf shapes
     checkpoints/00000400/sha256.json      digest of each of the files
     checkpoints/00000500.partial/         being written, or abandoned by a crash: never read
     checkpoints/00000300.damaged/         failed its check on restore: kept for a post-mortem
@@ -43,6 +43,9 @@ from examples.llama.optimizers import path_name
 
 PARTIAL, DAMAGED = ".partial", ".damaged"
 _ARRAYS, _RUN, _DIGESTS = "arrays", "run.json", "sha256.json"
+# Counts changes of the layout of optimizer states. Records without a number are of format 1, which
+# kept the flags of a lens by leaf.
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
@@ -84,7 +87,11 @@ class Checkpoints:
         """
         self.wait()
         leaves = _named_leaves(state)
-        record = run | {"step": step, "leaves": {k: _signature(x) for k, x in leaves.items()}}
+        record = run | {
+            "format": FORMAT,
+            "step": step,
+            "leaves": {k: _signature(x) for k, x in leaves.items()},
+        }
         try:
             # Orbax refuses arrays without elements; they hold nothing that needs saving.
             response = ocp.save_checkpointables_async(
@@ -117,7 +124,8 @@ class Checkpoints:
             identity: what must be equal between the saved run and this one.
 
         Raises:
-            CheckpointError: it belongs to a different run, or none of several is intact.
+            CheckpointError: it belongs to a different run or to another version of the library, or
+                none of several is intact.
         """
         self.wait()
         record = host.from_leader(lambda: self._newest_intact(template, identity))
@@ -150,6 +158,7 @@ class Checkpoints:
                     f"{damaged} and an older one is tried"
                 )
             else:
+                _check_format(self._path(step), record.get("format", 1))
                 _check_identity(self._path(step), record["identity"], identity)
                 _check_leaves(self._path(step), record["leaves"], template)
                 return record
@@ -275,6 +284,16 @@ def _read_arrays(checkpoint: Path, template: Any) -> Any:
         for name, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _check_format(checkpoint: Path, saved: int) -> None:
+    if saved != FORMAT:
+        age = "an older" if saved < FORMAT else "a newer"
+        raise CheckpointError(
+            f"{checkpoint} was made by {age} version of galore_jax, which keeps optimizer states "
+            f"in format {saved}; this one reads format {FORMAT}. Finish the run with that version, "
+            f"or start a new one in another --run-dir."
+        )
 
 
 def _check_identity(checkpoint: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

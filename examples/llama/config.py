@@ -284,6 +284,7 @@ def identity(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
         "rank": config.optimizer.rank,
         "side": config.optimizer.side,
         "codec": config.optimizer.codec,
+        "refresh": config.optimizer.refresh,
         "corpus fingerprint": fingerprint,
         "seq_len": config.data.seq_len,
         "seed": config.run.seed,

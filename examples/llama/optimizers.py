@@ -18,7 +18,6 @@ import optax
 import tyro
 
 import galore_jax as gj
-from galore_jax.transforms.lenses import low_rank_states
 
 # The leaves that GaLore projects: the kernels of attention and MLP, stacked over the layers.
 BLOCK_MATRICES = re.compile(r"(^|/)blocks/.*/kernel($|/)")
@@ -189,15 +188,6 @@ def make_optimizer(
         # Past its limit the bad update would be applied; here the training loop gives up instead.
         max_consecutive_errors=jnp.iinfo(jnp.int32).max - 1,
     )
-
-
-def check_rank(options: OptimizerOptions, opt_state: Any) -> None:
-    """Raises where our lens projects nothing: the run would be one of the optimizer inside."""
-    if low_rank_states(opt_state) and not jax.eval_shape(gj.metrics, opt_state):
-        raise ValueError(
-            f"--rank {options.rank}: that is the projected width of every matrix of this model or "
-            f"more, and none would be projected. Choose a smaller one, or a fraction such as 0.25."
-        )
 
 
 def make_layerwise_optimizer(

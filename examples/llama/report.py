@@ -12,11 +12,11 @@ import optax
 import rich.table
 from matplotlib.figure import Figure
 
+import galore_jax as gj
 from examples.llama import subspace
 from examples.llama.config import TrainConfig
 from examples.llama.optimizers import is_block_matrix, path_name
 from examples.llama.progress import Row, clock, perplexity, read_metrics
-from galore_jax.transforms.lenses import low_rank_states
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
@@ -32,16 +32,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]
 
 def refreshes(opt_state: Any) -> dict[str, int] | None:
     """How often bases were recomputed, and how many there are; None without any."""
-    counts = [
-        np.asarray(count)
-        for lens in low_rank_states(opt_state)
-        for basis, count in zip(
-            jax.tree.structure(lens.refresh_state.refreshes).flatten_up_to(lens.projectors),
-            jax.tree.leaves(lens.refresh_state.refreshes),
-            strict=True,
-        )
-        if any(part.ndim > 0 for part in jax.tree.leaves(basis))  # a scalar: not projected
-    ]
+    counts = [np.asarray(seen.refreshes) for seen in gj.metrics(opt_state).values()]
     if not counts:
         return None
     return {

@@ -174,7 +174,7 @@ def _captured(made: Update, number: jax.Array, every: int) -> dict[str, jax.Arra
 
 def make_diagnosis(
     state_sharding: TrainState | None = None,
-) -> Callable[[Any], dict[str, gj.diagnostics.SubspaceMetrics]]:
+) -> Callable[[Any], dict[str, gj.SubspaceMetrics]]:
     """From an optimizer state to what it knows of its subspaces, the same on all devices."""
     return jax.jit(gj.metrics, out_shardings=state_sharding and state_sharding.step)
 

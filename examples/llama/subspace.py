@@ -29,7 +29,7 @@ KINDS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the model
 
 
 def reading(
-    metrics: Mapping[str, gj.diagnostics.SubspaceMetrics], captured: Mapping[str, jax.Array]
+    metrics: Mapping[str, gj.SubspaceMetrics], captured: Mapping[str, jax.Array]
 ) -> Reading:
     """Numbers that are on the host, as they are written to a log.
 

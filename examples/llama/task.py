@@ -140,7 +140,6 @@ def without_corpus(
     begin = functools.partial(step.init_state, tx=tx)
     abstract = jax.eval_shape(lambda: begin(draw()))
     sharding = mesh.state_sharding(devices, tx, abstract)
-    optimizers.check_rank(settings.optimizer, abstract.opt_state)
 
     def new_state() -> step.TrainState:
         # In two programs: one of them would hold the drawn weights beside everything else.

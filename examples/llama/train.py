@@ -161,7 +161,7 @@ class Done(NamedTuple):
 
     progress: Progress
     metrics: step.Metrics
-    subspaces: dict[str, gj.diagnostics.SubspaceMetrics]
+    subspaces: dict[str, gj.SubspaceMetrics]
 
 
 class Position(NamedTuple):

@@ -1,6 +1,8 @@
 """Checkpoints of the Llama example: exact, refused by name, robust against crash and damage."""
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -118,6 +120,27 @@ def test_another_layout_is_refused_by_leaf_and_both_shapes(checkpoints):
         checkpoints.restore(template(other), IDENTITY)
     with pytest.raises(CheckpointError, match=r"params/w: .*float32\[4,8\].*float32\[4,9\]"):
         checkpoints.restore(template(make_state(size=9)), IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("saved", "age"), [(None, "an older"), (1, "an older"), (checkpoint.FORMAT + 1, "a newer")]
+)
+def test_a_checkpoint_of_another_version_is_refused_with_the_way_out(checkpoints, saved, age):
+    """Whatever else differs: its identity and its leaves are not compared at all."""
+    save(checkpoints, 1)
+    checkpoints.wait()
+    folder = checkpoints.directory / "00000001"
+    record = json.loads((folder / "run.json").read_text())
+    assert record.pop("format") == checkpoint.FORMAT
+    given = {} if saved is None else {"format": saved}
+    (folder / "run.json").write_text(json.dumps(record | given))
+    digests = json.loads((folder / "sha256.json").read_text())
+    digests["run.json"] = hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()
+    (folder / "sha256.json").write_text(json.dumps(digests))
+    message = rf"{age} version of galore_jax.*format {saved or 1};.*with that version.*--run-dir"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(template(make_state(size=9)), IDENTITY | {"rank": 8})
+    assert checkpoints.steps() == [1]
 
 
 def truncate(path):

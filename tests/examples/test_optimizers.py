@@ -156,7 +156,6 @@ def test_the_state_has_one_layout_whatever_can_be_switched_on_resume(params):
         make("galore_adamw", clip=1.0),
         make("galore_adamw", rate=0.2, gap=7, scale=1.0, weight_decay=0.1),
         make("galore_adamw", transport="keep", projector="svd"),
-        make("galore_adamw", refresh="staggered"),
     ):
         assert named(plain) == named(jax.eval_shape(changed.init, params))
 

@@ -101,6 +101,7 @@ def test_resuming_is_bit_exact(which, request, tmp_path):
         ("hidden_size", {"hidden_size": 32}),
         ("param_dtype", {"param_dtype": "bfloat16"}),
         ("seq_len", {"seq_len": 8}),
+        ("refresh", {"refresh": "every"}),
         ("seed", {"seed": 1}),
     ],
 )
@@ -130,7 +131,7 @@ def test_another_corpus_is_refused(reference, tmp_path, capsys):
 def test_a_change_of_the_recipe_is_taken_on(reference, tmp_path):
     resumed = interrupted(reference, tmp_path / "resumed")
     flags = "--gap 2 --scale 0.5 --transport keep --projector svd --learning-rate 1e-3 --clip 0.5"
-    more = "--refresh every --steps 10 --batch-size 8 --weight-decay 0.1"
+    more = "--steps 10 --batch-size 8 --weight-decay 0.1"
     line = ["--run-dir", str(resumed), "--resume", *flags.split(), *more.split()]
     assert train.main(line) == train.FINISHED
     before, after = rows(reference), rows(resumed)

@@ -14,8 +14,6 @@ import galore_jax as gj
 from examples.llama import mesh
 from examples.llama.optimizers import is_block_matrix, path_name
 from examples.llama.planning.run import Run
-from galore_jax.transforms.lenses import projection_leaves
-from galore_jax.views import LeafPlan
 
 FP32 = 4
 
@@ -164,12 +162,14 @@ def _gradients(run: Run, logical: dict[str, jax.ShapeDtypeStruct], projected: bo
     sizes, widest = {}, 0
     for name, leaf in logical.items():
         plan = plans.get(name)
-        if plan is None or plan.view is None:
+        if plan is None:
             sizes[name] = _local_bytes(leaf)
             continue
         shares = leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))
-        value = math.prod(plan.view.low_rank_shape(plan.rank)) * FP32
-        basis = math.prod(plan.view.basis_shape(plan.rank)) * FP32
+        matrices, into, out = leaf.shape
+        over, kept = (into, out) if plan.side == "input" else (out, into)
+        value = matrices * kept * plan.rank * FP32
+        basis = matrices * over * plan.rank * FP32
         sizes[name] = (value + basis) // shares
         widest = max(widest, value // run.llama.num_layers // shares)
     block = sum(size for name, size in sizes.items() if name.startswith("blocks/"))
@@ -186,12 +186,7 @@ def _gradients(run: Run, logical: dict[str, jax.ShapeDtypeStruct], projected: bo
     )
 
 
-def _plans(run: Run) -> dict[str, LeafPlan]:
+def _plans(run: Run) -> dict[str, Any]:
+    """Sides and ranks of the projected leaves."""
     params = jax.eval_shape(gj.quant.dequantize_params, run.state.params)
-    lenses: list[Any] = []
-
-    def look(state: Any) -> None:
-        lenses.extend(projection_leaves(state, params))
-
-    jax.eval_shape(look, run.state.opt_state)
-    return {leaf.plan.path: leaf.plan for lens in lenses for leaf in lens.subspaces}
+    return {row.path: row for row in gj.describe(run.task.tx, params).rows if row.projected}
