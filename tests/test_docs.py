@@ -43,6 +43,7 @@ INTERNAL = {
     },
     "refresh": {"as_policy", "phases"},
     "quant": {"matmul"},
+    "memory": {"tree_bytes"},
     "backward": {"matmul", "projected_value_and_grad"},
 }
 
