@@ -206,3 +206,23 @@ def test_the_basis_comes_from_the_current_gradient():
         gradient = {"w": jnp.asarray(low_rank, jnp.float32)}
         updates, state = update(gradient, state)
         np.testing.assert_allclose(updates["w"], gradient["w"], atol=1e-4)
+
+
+def test_separate_layers_take_turns_as_stacked_ones_do():
+    """Flags of equal layers lie in one array: each leaf has to read its own."""
+    tx = gj.low_rank_projection(
+        optax.trace(0.9), 3, projector=projectors.svd(), axes=gj.MatrixAxes(-2, -1),
+        refresh=refresh.staggered(4),
+    )  # fmt: skip
+    stacked = {"layers": {"w": jnp.ones((4, 8, 6))}}
+    separate = {"layers": {str(n): {"w": jnp.ones((8, 6))} for n in range(4)}}
+    states, update = [tx.init(stacked), tx.init(separate)], jax.jit(tx.update)
+    for step in range(6):
+        gradient = jax.random.normal(jax.random.key(step), (4, 8, 6))
+        together, states[0] = update({"layers": {"w": gradient}}, states[0], stacked)
+        alone = {"layers": {str(n): {"w": gradient[n]} for n in range(4)}}
+        apart, states[1] = update(alone, states[1], separate)
+        for n in range(4):
+            np.testing.assert_allclose(
+                apart["layers"][str(n)]["w"], together["layers"]["w"][n], rtol=1e-5, atol=1e-7
+            )
