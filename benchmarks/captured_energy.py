@@ -83,7 +83,7 @@ def captured(
             dense_operator(gradient, view),
             rank,
             previous=previous,
-            cold=jnp.asarray(cold),
+            refreshes=jnp.int32(0 if cold else 1),
             key=jnp.zeros(2, jnp.uint32),
         )
 
