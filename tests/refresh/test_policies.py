@@ -8,6 +8,8 @@ import pytest
 
 import galore_jax as gj
 from galore_jax import projectors, refresh
+from galore_jax.leaves import Leaves
+from galore_jax.transforms.lenses import current_lenses
 
 PARAMS = {
     "a": jnp.zeros((8, 6)),
@@ -226,3 +228,14 @@ def test_separate_layers_take_turns_as_stacked_ones_do():
             np.testing.assert_allclose(
                 apart["layers"][str(n)]["w"], together["layers"]["w"][n], rtol=1e-5, atol=1e-7
             )
+
+
+def test_every_leaf_reads_its_own_flags():
+    params = {"layers": {str(n): {"w": jnp.ones((8, 6))} for n in range(12)}}
+    state = gj.low_rank_projection(optax.trace(0.9), 3).init(params)
+    leaves = Leaves.of(params)
+    ((_, lens, owners),) = current_lenses(state, leaves)
+    (name,) = lens.kinds
+    flags = lens.per_leaf({name: jnp.arange(12)})  # in the order of the numbers of the layers
+    for owner, flag in zip(owners, flags, strict=True):
+        assert leaves.paths[owner] == f"layers/{int(flag)}/w"
