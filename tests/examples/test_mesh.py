@@ -233,7 +233,7 @@ def refused(capsys, corpus, run_dir, **options):
             "--batch-size 16 / --accumulation 4: .* data=2 x fsdp=4",
         ),
         (
-            {"mesh": "tensor=8", "intermediate-size": 36},
+            {"mesh": "tensor=8", "intermediate-size": 36, "rank": 4},
             r"--mesh tensor=8: leaf 'blocks/mlp/(down|gate|up)/kernel' of shape .*36",
         ),
         ({"process-id": 0, "num-processes": 2}, "--num-processes, --process-id: no effect"),
