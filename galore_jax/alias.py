@@ -249,7 +249,7 @@ def q_galore_adamw8bit(
       Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
       Gradients", 2024 (https://arxiv.org/abs/2407.08296).
     """
-    gap, codec = update_proj_gap, codec or int4()
+    gap, codec = update_proj_gap, int4() if codec is None else codec
     gap = gap if isinstance(gap, RefreshPolicy) else adaptive(gap)
     return galore_adamw8bit(learning_rate, rank, update_proj_gap=gap, codec=codec, **options)
 

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.leaves import Leaves
 from galore_jax.tables import bytes_text, paths_text, shape_text, table_lines
-from galore_jax.transforms.lenses import abstract_state, low_rank_states
+from galore_jax.transforms.lenses import abstract_state
+from galore_jax.transforms.state import low_rank_states
 from galore_jax.transforms.state_tree import (
     FULL_RANK,
     MOMENTS,
@@ -330,8 +331,7 @@ def _sharded_cells(row: LeafDescription) -> tuple[str, ...]:
     sharding = row.sharding
     assert sharding is not None
     spec, basis, moments = map(_spec_text, (sharding.spec, sharding.basis, sharding.moments))
-    size = bytes_text(sharding.state_bytes)
-    return path, shape, spec, side, rank, basis, moments, size, reason
+    return path, shape, spec, side, rank, basis, moments, bytes_text(sharding.state_bytes), reason
 
 
 def _spec_text(spec: PartitionSpec | None) -> str:

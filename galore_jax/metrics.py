@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from galore_jax.leaves import Leaves, unboxed
 from galore_jax.meshes import with_auto_axes
 from galore_jax.projectors import HIGHEST
-from galore_jax.transforms.lenses import kinds_in, low_rank_states, projection_leaves
-from galore_jax.transforms.state import LowRankState
+from galore_jax.transforms.lenses import kinds_in, projection_leaves
+from galore_jax.transforms.state import LowRankState, low_rank_states
 from galore_jax.transforms.subspace import as_stored, decode
 from galore_jax.views import LeafPlan, ProjectedGradient
 

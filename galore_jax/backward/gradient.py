@@ -19,7 +19,8 @@ from galore_jax.quant import DifferentiableWeight, QuantizedArray
 from galore_jax.quant.weight import Label
 from galore_jax.transforms import AccumulateState, LowRankState, subspace
 from galore_jax.transforms.config import LowRankConfig
-from galore_jax.transforms.lenses import low_rank_states, projection_leaves, with_configs
+from galore_jax.transforms.lenses import projection_leaves, with_configs
+from galore_jax.transforms.state import low_rank_states
 from galore_jax.transforms.subspace import LeafSubspace
 
 

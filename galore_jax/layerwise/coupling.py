@@ -16,7 +16,7 @@ from jax.extend import core
 from galore_jax.layerwise.slices import Layer, LayerAxes, check_unchanged, parts, paths_of
 from galore_jax.leaves import Leaves, unboxed
 from galore_jax.transforms import AccumulateState, LowRankState
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.state import low_rank_states
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.views import LeafPlan
 

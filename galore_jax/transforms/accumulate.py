@@ -15,15 +15,10 @@ from galore_jax.leaves import Leaves, abstract
 from galore_jax.meshes import preserve_sharding
 from galore_jax.transforms import bases, subspace
 from galore_jax.transforms.compiled import compiled_once
-from galore_jax.transforms.lens import Layer, Lens, entered, for_each_leaf, full_shapes
-from galore_jax.transforms.lenses import (
-    current_lenses,
-    low_rank_states,
-    settled,
-    with_lost_configs,
-)
+from galore_jax.transforms.lens import Layer, Lens, check_alike, entered, for_each_leaf, full_shapes
+from galore_jax.transforms.lenses import current_lenses, settled, with_lost_configs
 from galore_jax.transforms.projected import updates_like
-from galore_jax.transforms.state import AccumulateState, check_state
+from galore_jax.transforms.state import AccumulateState, check_state, low_rank_states
 from galore_jax.views import ProjectedGradient
 
 
@@ -97,7 +92,9 @@ def accumulate(
     ) -> tuple[optax.Updates, AccumulateState]:
         check_state("accumulate", state, AccumulateState)
         grads = Leaves.of(updates)
-        own = full_shapes(grads, params, alike=True)
+        if params is not None:
+            check_alike(grads, Leaves.of(params))
+        own = full_shapes(grads, params)
         for_each_leaf(grads.treedef, state.sums)
         before = with_lost_configs(state.opt_state, tx, updates, params)
         state = _settled(state._replace(opt_state=before))

@@ -12,9 +12,9 @@ from galore_jax import collectives
 from galore_jax.checks import check_count, check_transformation
 from galore_jax.meshes import preserve_sharding
 from galore_jax.transforms.compiled import compiled_once
-from galore_jax.transforms.lenses import low_rank_states, settled, with_lost_configs
+from galore_jax.transforms.lenses import settled, with_lost_configs
 from galore_jax.transforms.projected import updates_like
-from galore_jax.transforms.state import check_state
+from galore_jax.transforms.state import check_state, low_rank_states
 
 
 class ApplyIfFiniteState(NamedTuple):

@@ -118,7 +118,7 @@ def _refresh(lens: Lens, step: _Step) -> Bases:
     still = Bases(step.stored, unmoved, no_share, no_share, {}, step.inner_state)
     arrived = [i for i, g in enumerate(step.gradients) if isinstance(g, ProjectedGradient)]
 
-    find = without_derivative(functools.partial(_found, lens), _no_derivative(lens))
+    find = without_derivative(lambda given: _find(lens, *given), _no_derivative(lens))
 
     def refreshed() -> Bases:
         found = find((step._replace(inner_state=()), still._replace(inner_state=())))
@@ -136,10 +136,6 @@ def _refresh(lens: Lens, step: _Step) -> Bases:
     for i in arrived:
         now = _take(lens, step, now, i)
     return _carry(lens, step, now)
-
-
-def _found(lens: Lens, args: tuple[_Step, Bases]) -> Bases:
-    return _find(lens, *args)
 
 
 def _no_derivative(lens: Lens) -> str:

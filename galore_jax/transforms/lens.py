@@ -194,15 +194,16 @@ def check_same_storage(config: LowRankConfig, stored: Any) -> None:
             )
 
 
-def full_shapes(
-    grads: Leaves, params: optax.Params | None, *, alike: bool = False
-) -> list[jax.ShapeDtypeStruct]:
-    """Shapes of the leaves; those of projected gradients are read off the parameters.
+def check_alike(grads: Leaves, params: Leaves) -> None:
+    """Raises unless gradients have the structure of their parameters."""
+    if params.treedef != grads.treedef:
+        raise ValueError(
+            f"gradients have the structure {grads.treedef}, but `params` {params.treedef}."
+        )
 
-    Args:
-      grads: The gradients.
-      params: Their parameters, if they are there.
-      alike: Whether both have to have one structure, also where no gradient arrives projected.
+
+def full_shapes(grads: Leaves, params: optax.Params | None) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of the leaves; those of projected gradients are read off the parameters.
 
     Raises:
       ValueError: They are needed and not there, or a gradient has another shape than its parameter.
@@ -216,11 +217,9 @@ def full_shapes(
             )
         return grads.shapes
     given = Leaves.of(params)
-    if given.treedef != grads.treedef:
-        if alike or any(arrived):
-            raise ValueError(
-                f"gradients have the structure {grads.treedef}, but `params` {given.treedef}."
-            )
+    if any(arrived):
+        check_alike(grads, given)
+    elif given.treedef != grads.treedef:
         return grads.shapes  # somebody's business: nothing is read off the parameters
     for i, (grad, like) in enumerate(zip(grads.values, given.shapes, strict=True)):
         if not arrived[i] and jnp.shape(grad) != like.shape:

@@ -14,12 +14,13 @@ from galore_jax.transforms.config import LowRankConfig
 from galore_jax.transforms.lens import (
     Layer,
     Lens,
+    check_alike,
     check_same_storage,
     entered,
     full_shapes,
     kinds_of,
 )
-from galore_jax.transforms.state import AccumulateState, LowRankState
+from galore_jax.transforms.state import AccumulateState, LowRankState, low_rank_states
 from galore_jax.transforms.state_tree import lens_on, likes_of
 from galore_jax.transforms.subspace import LeafSubspace
 
@@ -139,20 +140,16 @@ def with_lost_configs(
     if all(isinstance(lens.config, LowRankConfig) for lens in low_rank_states(opt_state)):
         return opt_state
     leaves = Leaves.of(updates)
-    shapes = full_shapes(leaves, params, alike=True)
-    return with_configs(opt_state, tx, leaves.tree(shapes) if params is None else params)
+    if params is None:
+        return with_configs(opt_state, tx, leaves.tree(full_shapes(leaves, None)))
+    check_alike(leaves, Leaves.of(params))
+    return with_configs(opt_state, tx, params)
 
 
 def abstract_state(tx: optax.GradientTransformation, leaves: Leaves) -> Any:
     """Shapes of ``tx.init(params)``, without the warnings of a real one."""
     with quietly():
         return jax.eval_shape(tx.init, leaves.boxed(leaves.shapes))
-
-
-def low_rank_states(opt_state: Any) -> list[LowRankState]:
-    """All states of `low_rank_projection` in an optimizer state, in order."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LowRankState))
-    return [node for node in nodes if isinstance(node, LowRankState)]
 
 
 def _is_known(node: Any) -> bool:
@@ -171,14 +168,17 @@ def kinds_in(state: LowRankState) -> dict[str, list[str]]:
             "what holds no array: `tx.update` puts it back."
         )
     basis = jax.ShapeDtypeStruct((2, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
-    form: Any = jax.tree.structure(jax.eval_shape(state.config.codec.encode, *basis))
+    one = jax.eval_shape(state.config.codec.encode, *basis)  # of one matrix: no batch axes
+    form: Any = jax.tree.structure(one)
+    trailing = jax.tree.leaves(one)[0].ndim
     leaves = Leaves.of(
         state.projectors, is_leaf=lambda x: is_leaf(x) or jax.tree.structure(x) == form
     )
+    firsts = [jnp.shape(jax.tree.leaves(stored)[0]) for stored in leaves.values]
     projected = [
-        (path, path, jnp.shape(jax.tree.leaves(stored)[0])[:-2])
-        for path, stored in zip(leaves.paths, leaves.values, strict=True)
-        if any(map(jnp.ndim, jax.tree.leaves(stored)))
+        (path, path, shape[: len(shape) - trailing])
+        for path, shape in zip(leaves.paths, firsts, strict=True)
+        if shape
     ]
     kinds = kinds_of(projected)
     assert set(kinds) == set(state.refresh_state.due), "a codec whose parts lack the batch axes"

@@ -228,7 +228,7 @@ def _full_gradient(config: LowRankConfig, plan: LeafPlan, grad: Any) -> jax.Arra
     if isinstance(grad, ProjectedGradient):
         raise ValueError(
             f"leaf {plan.path!r}: {config.recovery} needs the gradient itself, but it arrives "
-            "projected. Take it with jax.value_and_grad, or layer by layer."
+            "projected. Take it with jax.value_and_grad."
         )
     return collectives.mean(grad, config.axis_name)
 

@@ -81,3 +81,9 @@ class AccumulateState(NamedTuple):
     projectors: optax.Updates
     moved: optax.Updates
     opt_state: optax.OptState
+
+
+def low_rank_states(opt_state: Any) -> list[LowRankState]:
+    """All states of `low_rank_projection` in an optimizer state, in order."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LowRankState))
+    return [node for node in nodes if isinstance(node, LowRankState)]

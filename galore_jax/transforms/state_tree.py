@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.leaves import Leaves, is_box, is_one_leaf
 from galore_jax.transforms.lens import Lens
-from galore_jax.transforms.state import AccumulateState, LowRankState
+from galore_jax.transforms.state import AccumulateState, LowRankState, low_rank_states
 from galore_jax.views import LeafPlan
 from galore_jax.views.shardings import sharding_that_divides
 from galore_jax.views.specs import flattened, joined
@@ -206,11 +206,10 @@ def _window(window: AccumulateState, likes: Any) -> AccumulateState:
     owners, _, treedef = matched(likes, window.sums)
     sums = {like.owner: like for like in owners}
     bases = {like.owner: _replace(like, shape=(), axes=()) for like in owners}
-    for node in jax.tree.leaves(window.opt_state, is_leaf=_is_lens):
-        if _is_lens(node):
-            lens, own = lens_on(node, likes)
-            for plan, like in zip(lens.plans, own, strict=True):
-                sums[like.owner], bases[like.owner] = _factors(plan, like)
+    for state in low_rank_states(window.opt_state):
+        lens, own = lens_on(state, likes)
+        for plan, like in zip(lens.plans, own, strict=True):
+            sums[like.owner], bases[like.owner] = _factors(plan, like)
 
     def each(tree: Any, like_of: dict[int, Like], name: str) -> Any:
         parts = zip((like.owner for like in owners), treedef.flatten_up_to(tree), strict=True)
@@ -228,10 +227,6 @@ def _window(window: AccumulateState, likes: Any) -> AccumulateState:
 
 
 _replace = dataclasses.replace
-
-
-def _is_lens(node: Any) -> bool:
-    return isinstance(node, LowRankState)
 
 
 def _factors(plan: LeafPlan, like: Like) -> tuple[Like, Like]:

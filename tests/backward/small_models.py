@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import galore_jax as gj
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.state import low_rank_states
 
 WIDTH, HIDDEN, LAYERS, EXPERTS, VOCABULARY = 12, 20, 2, 3, 11
 RANK = 4

@@ -8,7 +8,7 @@ import pytest
 from small_models import SHAPES, distance, draw, loss, refreshes
 
 import galore_jax as gj
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.state import low_rank_states
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 

@@ -17,7 +17,7 @@ from examples.llama.planning import compiled, phases
 from examples.llama.planning.estimate import CARDS, Estimate, estimate, fits
 from examples.llama.planning.run import abstract_mesh, make_run
 from examples.llama.planning.sizes import sizes_of
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.state import low_rank_states
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "compiled_memory.json"
 WIDE = {"hidden-size": 64, "intermediate-size": 256, "batch-size": 8}

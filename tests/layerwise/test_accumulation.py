@@ -12,7 +12,7 @@ from test_layerwise_memory import IN_PLACE, creators, shapes
 
 import galore_jax as gj
 from galore_jax import layerwise
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.state import low_rank_states
 
 pytestmark = pytest.mark.standard_promotion
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import galore_jax as gj
 from galore_jax import projectors
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.state import low_rank_states
 
 pytestmark = pytest.mark.standard_promotion  # Adam's bias correction
 

@@ -8,7 +8,7 @@ import pytest
 
 import galore_jax as gj
 from galore_jax import projectors, transport
-from galore_jax.transforms.lenses import low_rank_states
+from galore_jax.transforms.state import low_rank_states
 from galore_jax.views import ProjectedGradient
 
 PARAMS = {
